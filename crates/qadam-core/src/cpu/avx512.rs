@@ -1,0 +1,199 @@
+//! 16 lanes by AVX-512 F, BW, DQ and VL.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::simd::{self, Lanes, VectorFloat, lanes};
+use crate::rule::Coefficients;
+use crate::tensor::{Moments8, Moments32};
+
+#[derive(Clone, Copy)]
+struct Avx512;
+
+/// NaN and the infinities, for `vfpclassps`.
+const NAN: i32 = 0x81;
+const NOT_FINITE: i32 = NAN | 0x18;
+
+// SAFETY: every method is one or a few intrinsics of the instruction sets that the trait's contract
+// requires of the processor; loads and stores are of the unaligned kind and touch 16 elements.
+unsafe impl Lanes for Avx512 {
+    const N: usize = 16;
+    type F = __m512;
+    type I = __m512i;
+    type M = __mmask16;
+
+    lanes! {
+        fn splat(x: f32) -> __m512 {
+            _mm512_set1_ps(x)
+        }
+        fn load(from: *const f32) -> __m512 {
+            _mm512_loadu_ps(from)
+        }
+        fn load_bf16(from: *const bf16) -> __m512 {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+        }
+        fn load_f16(from: *const f16) -> __m512 {
+            _mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))
+        }
+        fn store(x: __m512, to: *mut f32) {
+            _mm512_storeu_ps(to, x);
+        }
+        /// By integers: `vcvtneps2bf16` flushes subnormals.
+        fn store_bf16(x: __m512, to: *mut bf16) {
+            let bits = _mm512_castps_si512(x);
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
+            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
+            let quiet = _mm512_or_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(0x40));
+            let bits = _mm512_mask_mov_epi32(rounded, Self::is_nan(x), quiet);
+            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(bits));
+        }
+        fn store_f16(x: __m512, to: *mut f16) {
+            let bits = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+            _mm256_storeu_si256(to.cast(), bits);
+        }
+        fn add(a: __m512, b: __m512) -> __m512 {
+            _mm512_add_ps(a, b)
+        }
+        fn sub(a: __m512, b: __m512) -> __m512 {
+            _mm512_sub_ps(a, b)
+        }
+        fn mul(a: __m512, b: __m512) -> __m512 {
+            _mm512_mul_ps(a, b)
+        }
+        fn div(a: __m512, b: __m512) -> __m512 {
+            _mm512_div_ps(a, b)
+        }
+        fn sqrt(a: __m512) -> __m512 {
+            _mm512_sqrt_ps(a)
+        }
+        fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+            _mm512_fmadd_ps(a, b, c)
+        }
+        fn fnma(a: __m512, b: __m512, c: __m512) -> __m512 {
+            _mm512_fnmadd_ps(a, b, c)
+        }
+        fn abs(a: __m512) -> __m512 {
+            _mm512_abs_ps(a)
+        }
+        fn neg(a: __m512) -> __m512 {
+            _mm512_xor_ps(a, _mm512_set1_ps(-0.0))
+        }
+        fn min(a: __m512, b: __m512) -> __m512 {
+            _mm512_min_ps(a, b)
+        }
+        fn max(a: __m512, b: __m512) -> __m512 {
+            _mm512_max_ps(a, b)
+        }
+        fn reduce_max(a: __m512) -> f32 {
+            _mm512_reduce_max_ps(a)
+        }
+        fn less(a: __m512, b: __m512) -> __mmask16 {
+            _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b)
+        }
+        fn is_finite(a: __m512) -> __mmask16 {
+            !_mm512_fpclass_ps_mask::<NOT_FINITE>(a)
+        }
+        fn is_nan(a: __m512) -> __mmask16 {
+            _mm512_fpclass_ps_mask::<NAN>(a)
+        }
+        fn select(mask: __mmask16, a: __m512, b: __m512) -> __m512 {
+            _mm512_mask_mov_ps(b, mask, a)
+        }
+        fn select_i(mask: __mmask16, a: __m512i, b: __m512i) -> __m512i {
+            _mm512_mask_mov_epi32(b, mask, a)
+        }
+        fn count(mask: __mmask16) -> usize {
+            _cvtmask16_u32(mask).count_ones() as usize
+        }
+        fn splat_i(x: i32) -> __m512i {
+            _mm512_set1_epi32(x)
+        }
+        fn add_i(a: __m512i, b: __m512i) -> __m512i {
+            _mm512_add_epi32(a, b)
+        }
+        fn sub_i(a: __m512i, b: __m512i) -> __m512i {
+            _mm512_sub_epi32(a, b)
+        }
+        fn abs_i(a: __m512i) -> __m512i {
+            _mm512_abs_epi32(a)
+        }
+        fn min_i(a: __m512i, b: __m512i) -> __m512i {
+            _mm512_min_epi32(a, b)
+        }
+        fn max_i(a: __m512i, b: __m512i) -> __m512i {
+            _mm512_max_epi32(a, b)
+        }
+        fn shift_left(a: __m512i, by: __m512i) -> __m512i {
+            _mm512_sllv_epi32(a, by)
+        }
+        fn half_i(a: __m512i) -> __m512i {
+            _mm512_srli_epi32::<1>(a)
+        }
+        fn less_i(a: __m512i, b: __m512i) -> __mmask16 {
+            _mm512_cmplt_epi32_mask(a, b)
+        }
+        fn to_float(a: __m512i) -> __m512 {
+            _mm512_cvtepi32_ps(a)
+        }
+        fn truncate(a: __m512) -> __m512i {
+            _mm512_cvttps_epi32(a)
+        }
+        fn exponent(a: __m512) -> __m512i {
+            let field = _mm512_srli_epi32::<23>(_mm512_castps_si512(a));
+            _mm512_sub_epi32(field, _mm512_set1_epi32(127))
+        }
+        fn power_of_two(a: __m512) -> __m512 {
+            let field = _mm512_set1_epi32(0x7F80_0000);
+            _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), field))
+        }
+        fn lookup(table: &[f32; 16], index: __m512i) -> __m512 {
+            _mm512_permutexvar_ps(index, _mm512_loadu_ps(table.as_ptr()))
+        }
+        fn levels(x: __m512, thresholds: &[f32; 8]) -> __m512i {
+            let one = _mm512_set1_epi32(1);
+            let mut level = _mm512_setzero_si512();
+            for &threshold in thresholds {
+                let reached = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, _mm512_set1_ps(threshold));
+                level = _mm512_mask_add_epi32(level, reached, level, one);
+            }
+            level
+        }
+        fn load_codes(from: *const u8) -> __m512i {
+            _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))
+        }
+        fn store_codes(codes: __m512i, to: *mut u8) {
+            _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(codes));
+        }
+    }
+}
+
+/// # Safety
+/// As [`simd::step32`], on a processor with AVX-512 F, BW, DQ and VL.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) unsafe fn step32<P: VectorFloat, G: VectorFloat>(
+    param: *mut u8,
+    grad: *const u8,
+    moments: Moments32,
+    len: usize,
+    c: &Coefficients,
+) -> usize {
+    // SAFETY: this function's contract; the instruction set is enabled.
+    unsafe { simd::step32::<Avx512, P, G>(param, grad, moments, len, c) }
+}
+
+/// # Safety
+/// As [`simd::step8`], on a processor with AVX-512 F, BW, DQ and VL.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) unsafe fn step8<P: VectorFloat, G: VectorFloat>(
+    param: *mut u8,
+    grad: *const u8,
+    moments: Moments8,
+    len: usize,
+    c: &Coefficients,
+) -> usize {
+    // SAFETY: this function's contract; the instruction set is enabled.
+    unsafe { simd::step8::<Avx512, P, G>(param, grad, moments, len, c) }
+}

@@ -1,0 +1,110 @@
+//! Threads: how many, and a pool for that many that survives `fork`.
+//!
+//! Threads do not live on in a forked child (a `DataLoader` worker, `multiprocessing`'s default on
+//! Linux), so a pool inherited from the parent would wait forever. Pools therefore belong to a
+//! process id: a child finds its parent's and starts its own. The parent's is leaked there, not
+//! dropped, as dropping it would wait for the threads that are not there; its lock is never taken,
+//! as another thread may have held it when the process forked.
+
+use std::collections::HashMap;
+use std::process;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::error::{Error, Result};
+
+/// The pools of one process, by size.
+struct Pools {
+    process: u32,
+    by_size: Mutex<HashMap<usize, Arc<ThreadPool>>>,
+}
+
+static POOLS: AtomicPtr<Pools> = AtomicPtr::new(std::ptr::null_mut());
+
+/// This process's pools.
+fn pools() -> &'static Pools {
+    let process = process::id();
+    let current = POOLS.load(Ordering::Acquire);
+    // SAFETY: the pointer is null or came from `Box::into_raw` below and is never freed.
+    if let Some(pools) = unsafe { current.as_ref() }
+        && pools.process == process
+    {
+        return pools;
+    }
+    let fresh = Box::into_raw(Box::new(Pools { process, by_size: Mutex::default() }));
+    match POOLS.compare_exchange(current, fresh, Ordering::AcqRel, Ordering::Acquire) {
+        // SAFETY: `fresh` is now shared for the life of the process.
+        Ok(_) => unsafe { &*fresh },
+        Err(winner) => {
+            // SAFETY: `fresh` was never shared; `winner`, stored by another thread of this
+            // process, is never freed.
+            unsafe {
+                drop(Box::from_raw(fresh));
+                &*winner
+            }
+        }
+    }
+}
+
+/// A pool of `count` threads, started at the first call of this process for that count.
+///
+/// # Errors
+/// [`Error::ThreadPool`] where the system does not give the threads.
+pub(super) fn pool(count: usize) -> Result<Arc<ThreadPool>> {
+    let mut by_size = pools().by_size.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(pool) = by_size.get(&count) {
+        return Ok(Arc::clone(pool));
+    }
+    let pool = ThreadPoolBuilder::new()
+        .num_threads(count)
+        .thread_name(|i| format!("qadam-{i}"))
+        .build()
+        .map_err(|error| Error::ThreadPool { count, reason: error.to_string() })?;
+    let pool = Arc::new(pool);
+    by_size.insert(count, Arc::clone(&pool));
+    Ok(pool)
+}
+
+/// The number of threads to use: `QADAM_NUM_THREADS` if set, else `fallback` (Python passes
+/// `torch.get_num_threads()`). The variable is read at the first call.
+///
+/// # Errors
+/// [`Error::Threads`] where the variable is not a whole number from 1 to 1024.
+pub fn threads(fallback: usize) -> Result<usize> {
+    static CHOSEN: OnceLock<Result<Option<usize>>> = OnceLock::new();
+    let chosen =
+        CHOSEN.get_or_init(|| parse(std::env::var("QADAM_NUM_THREADS").ok().as_deref())).clone()?;
+    Ok(chosen.unwrap_or(fallback).max(1))
+}
+
+fn parse(value: Option<&str>) -> Result<Option<usize>> {
+    let Some(value) = value.filter(|value| !value.is_empty()) else {
+        return Ok(None);
+    };
+    match value.parse() {
+        Ok(count @ 1..=1024) => Ok(Some(count)),
+        _ => Err(Error::Threads { value: value.to_owned() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_variable_is_a_count_or_an_error() {
+        assert_eq!(parse(None), Ok(None));
+        assert_eq!(parse(Some("")), Ok(None));
+        assert_eq!(parse(Some("3")), Ok(Some(3)));
+        for bad in ["0", "-1", "two", "1025"] {
+            assert!(parse(Some(bad)).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_pool_is_started_once() {
+        assert!(Arc::ptr_eq(&pool(2).unwrap(), &pool(2).unwrap()));
+    }
+}

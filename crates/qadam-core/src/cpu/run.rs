@@ -1,0 +1,317 @@
+//! Runs the steps of many tensors: cut into chunks of whole blocks, spread over threads.
+//!
+//! Elements (and blocks) do not depend on each other, so neither the cut nor the number of threads
+//! changes a bit.
+
+use std::mem::MaybeUninit;
+
+use rayon::prelude::*;
+
+use super::environment::Ieee;
+use super::kernels::Kernels;
+use super::{Backend, pool};
+use crate::codec::BLOCK;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::tensor::{RawState, TensorStep};
+
+/// Elements a chunk: 128 blocks, small enough to balance threads, large enough to hide the
+/// hand-over.
+const CHUNK: usize = 128 * BLOCK;
+
+/// Part of one tensor.
+#[derive(Debug, Clone, Copy)]
+struct Chunk {
+    tensor: usize,
+    start: usize,
+    len: usize,
+}
+
+fn chunks(steps: &[TensorStep]) -> Vec<Chunk> {
+    let of_tensor = |(tensor, step): (usize, &TensorStep)| {
+        let total = step.len();
+        (0..total).step_by(CHUNK).map(move |start| {
+            let len = CHUNK.min(total - start);
+            Chunk { tensor, start, len }
+        })
+    };
+    steps.iter().enumerate().flat_map(of_tensor).collect()
+}
+
+/// Runs `work` for every chunk on `threads` threads and adds up what it returns.
+fn over_chunks(
+    steps: &[TensorStep],
+    threads: usize,
+    work: impl Fn(&TensorStep, Chunk) -> usize + Sync,
+) -> Result<usize> {
+    let chunks = chunks(steps);
+    let elements: usize = chunks.iter().map(|chunk| chunk.len).sum();
+    let run = |chunk: &Chunk| {
+        let _ieee = Ieee::enter();
+        work(&steps[chunk.tensor], *chunk)
+    };
+    if threads == 1 || elements <= CHUNK {
+        return Ok(chunks.iter().map(run).sum());
+    }
+    Ok(pool::pool(threads)?.install(|| chunks.par_iter().map(run).sum()))
+}
+
+/// Updates every tensor and returns how many elements had a non-finite gradient.
+///
+/// # Errors
+/// [`Error::ThreadPool`], before anything is written.
+///
+/// # Safety
+/// No two of `steps` share an element of a parameter or of state (see [`disjoint_waves`]), and the
+/// contract of [`TensorStep::new`] still holds for each.
+///
+/// # Panics
+/// If `backend` is not [available](Backend::is_available).
+pub unsafe fn run(steps: &[TensorStep], backend: Backend, threads: usize) -> Result<usize> {
+    assert!(backend.is_available(), "{backend:?} on a processor without it");
+    over_chunks(steps, threads, |step, chunk| {
+        let kernels = Kernels::select(backend, step.param_dtype, step.grad_dtype);
+        // SAFETY: the chunk lies within the tensor, whose pointers are valid and exclusive by
+        // `TensorStep::new`; chunks are disjoint and begin at blocks; the types select the kernels.
+        unsafe {
+            if step.walk.is_flat() {
+                flat(step, chunk, kernels)
+            } else {
+                strided(step, chunk, kernels)
+            }
+        }
+    })
+}
+
+/// How many effective gradients of each tensor are not finite, before anything is written: the
+/// index of the first tensor that has any, and its count.
+///
+/// # Errors
+/// [`Error::NonFiniteGradient`] if there is one, [`Error::ThreadPool`].
+///
+/// # Safety
+/// As [`run`].
+pub unsafe fn count_nonfinite(steps: &[TensorStep], threads: usize) -> Result<()> {
+    let count = |step: &TensorStep, chunk: Chunk| {
+        let kernels = Kernels::select(Backend::Scalar, step.param_dtype, step.grad_dtype);
+        let (p_size, g_size) = (step.param_dtype.size() as isize, step.grad_dtype.size() as isize);
+        let mut total = 0;
+        step.walk.runs(chunk.start, chunk.len, |run| {
+            if run.param_stride == 1 && run.grad_stride == 1 {
+                // SAFETY: the run lies within both tensors, which are valid by `TensorStep::new`.
+                total += unsafe {
+                    let param = step.param.offset(run.param * p_size);
+                    let grad = step.grad.offset(run.grad * g_size);
+                    (kernels.count)(param, grad, run.len, &step.coefficients)
+                };
+                return;
+            }
+            for i in 0..run.len as isize {
+                // SAFETY: as above, one element at a time.
+                total += unsafe {
+                    let param = step.param.offset((run.param + i * run.param_stride) * p_size);
+                    let grad = step.grad.offset((run.grad + i * run.grad_stride) * g_size);
+                    (kernels.count)(param, grad, 1, &step.coefficients)
+                };
+            }
+        });
+        total
+    };
+    if over_chunks(steps, threads, count)? == 0 {
+        return Ok(());
+    }
+    for (index, step) in steps.iter().enumerate() {
+        let count = over_chunks(std::slice::from_ref(step), threads, count)?;
+        if count > 0 {
+            return Err(Error::NonFiniteGradient { index, count });
+        }
+    }
+    Ok(())
+}
+
+/// A chunk whose elements lie one after the other in all buffers.
+///
+/// # Safety
+/// The chunk lies within `step`, begins at a block, and no other thread has it.
+unsafe fn flat(step: &TensorStep, chunk: Chunk, kernels: Kernels) -> usize {
+    let Chunk { start, len, .. } = chunk;
+    // SAFETY: offsets up to `start + len` are valid for both tensors and the state, by contract.
+    unsafe {
+        let param = step.param.add(start * step.param_dtype.size());
+        let grad = step.grad.add(start * step.grad_dtype.size());
+        apply(step, start, len, param, grad, kernels)
+    }
+}
+
+/// Runs the kernel for the state of elements `start..start + len` on contiguous elements.
+///
+/// # Safety
+/// `param` and `grad` hold `len` contiguous elements of the step's types; `start` begins a block
+/// and `start + len` is within the state.
+unsafe fn apply(
+    step: &TensorStep,
+    start: usize,
+    len: usize,
+    param: *mut u8,
+    grad: *const u8,
+    kernels: Kernels,
+) -> usize {
+    let c = &step.coefficients;
+    // SAFETY: this function's contract is the kernels'.
+    unsafe {
+        match step.state {
+            RawState::F32(moments) => (kernels.step32)(param, grad, moments.skip(start), len, c),
+            RawState::Dynamic8(moments) => {
+                (kernels.step8)(param, grad, moments.skip(start), len, c)
+            }
+        }
+    }
+}
+
+/// One block of elements of any type, aligned for each.
+#[repr(align(64))]
+struct Scratch(MaybeUninit<[f32; BLOCK]>);
+
+impl Scratch {
+    const fn new() -> Self {
+        Self(MaybeUninit::uninit())
+    }
+
+    const fn pointer(&mut self) -> *mut u8 {
+        self.0.as_mut_ptr().cast()
+    }
+}
+
+/// A chunk whose elements are gathered block by block, updated, and scattered back.
+///
+/// # Safety
+/// As [`flat`].
+unsafe fn strided(step: &TensorStep, chunk: Chunk, kernels: Kernels) -> usize {
+    let (mut param, mut grad) = (Scratch::new(), Scratch::new());
+    let (param, grad) = (param.pointer(), grad.pointer());
+    let end = chunk.start + chunk.len;
+    let mut nonfinite = 0;
+    for start in (chunk.start..end).step_by(BLOCK) {
+        let len = BLOCK.min(end - start);
+        let mut at = 0;
+        step.walk.runs(start, len, |run| {
+            // SAFETY: the walk's offsets are within both tensors by `TensorStep::new`; the scratch
+            // holds `BLOCK` elements of at most 4 bytes, and `at + run.len <= len`.
+            unsafe {
+                copy(
+                    step.param_dtype,
+                    (step.param, run.param, run.param_stride),
+                    (param, at, 1),
+                    run.len,
+                );
+                copy(
+                    step.grad_dtype,
+                    (step.grad, run.grad, run.grad_stride),
+                    (grad, at, 1),
+                    run.len,
+                );
+            }
+            at += run.len as isize;
+        });
+        // SAFETY: `len` elements of both were just gathered; `start` begins a block of this chunk.
+        nonfinite += unsafe { apply(step, start, len, param, grad, kernels) };
+        let mut at = 0;
+        step.walk.runs(start, len, |run| {
+            // SAFETY: as above, the other way round; parameter elements are distinct.
+            unsafe {
+                copy(
+                    step.param_dtype,
+                    (param, at, 1),
+                    (step.param, run.param, run.param_stride),
+                    run.len,
+                );
+            }
+            at += run.len as isize;
+        });
+    }
+    nonfinite
+}
+
+/// Copies `len` elements of `dtype`; each end is a base pointer, an offset and a stride, in
+/// elements.
+///
+/// # Safety
+/// Every offset is valid for reads at the source and for writes at the target, aligned to an
+/// element; the two do not overlap.
+unsafe fn copy(
+    dtype: DType,
+    source: (*const u8, isize, isize),
+    target: (*mut u8, isize, isize),
+    len: usize,
+) {
+    /// # Safety
+    /// As [`copy`], for elements of `T`.
+    unsafe fn typed<T: Copy>(
+        (source, source_at, source_stride): (*const u8, isize, isize),
+        (target, target_at, target_stride): (*mut u8, isize, isize),
+        len: usize,
+    ) {
+        // SAFETY: valid offsets, by contract.
+        unsafe {
+            let source = source.cast::<T>().offset(source_at);
+            let target = target.cast::<T>().offset(target_at);
+            if source_stride == 1 && target_stride == 1 {
+                source.copy_to_nonoverlapping(target, len);
+                return;
+            }
+            for i in 0..len as isize {
+                *target.offset(i * target_stride) = *source.offset(i * source_stride);
+            }
+        }
+    }
+    // SAFETY: this function's contract; u32 and u16 have the sizes and alignments of the types.
+    unsafe {
+        match dtype {
+            DType::F32 => typed::<u32>(source, target, len),
+            DType::BF16 | DType::F16 => typed::<u16>(source, target, len),
+        }
+    }
+}
+
+/// Sorts tensors into waves such that the address ranges of one wave do not overlap: parameters
+/// that share memory are then updated one after the other, in order, as `torch.optim` does.
+///
+/// Returns the wave of each range. `ranges` are half-open, in bytes; empty ones overlap nothing.
+#[must_use]
+pub fn disjoint_waves(ranges: &[std::ops::Range<usize>]) -> Vec<usize> {
+    let mut waves = vec![0; ranges.len()];
+    let mut order: Vec<usize> = (0..ranges.len()).filter(|&i| !ranges[i].is_empty()).collect();
+    order.sort_unstable_by_key(|&i| ranges[i].start);
+    // Clusters of ranges that hang together; within one, the i-th in the given order is wave i.
+    let mut cluster: Vec<usize> = Vec::new();
+    let mut end = 0;
+    let mut close = |cluster: &mut Vec<usize>| {
+        cluster.sort_unstable();
+        for (wave, i) in cluster.drain(..).enumerate() {
+            waves[i] = wave;
+        }
+    };
+    for i in order {
+        if ranges[i].start >= end {
+            close(&mut cluster);
+        }
+        cluster.push(i);
+        end = end.max(ranges[i].end);
+    }
+    close(&mut cluster);
+    waves
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overlapping_ranges_go_to_different_waves_in_order() {
+        assert_eq!(disjoint_waves(&[0..10, 10..20, 30..40]), [0, 0, 0]);
+        assert_eq!(disjoint_waves(&[5..15, 0..10, 20..30]), [0, 1, 0]);
+        assert_eq!(disjoint_waves(&[0..10, 0..10, 0..10]), [0, 1, 2]);
+        assert_eq!(disjoint_waves(&[0..4, 0..0, 0..0, 2..3]), [0, 0, 0, 1]);
+        assert_eq!(disjoint_waves(&[]), Vec::<usize>::new());
+    }
+}

@@ -1,0 +1,20 @@
+#![doc = include_str!("../README.md")]
+
+pub mod codec;
+pub mod cpu;
+mod dtype;
+mod error;
+mod layout;
+mod optimizer;
+pub mod rule;
+mod state;
+mod tensor;
+
+pub use dtype::{DType, Float};
+pub use error::{Error, Result};
+pub use half::{bf16, f16};
+pub use layout::{Walk, check_distinct, is_dense_like};
+pub use optimizer::{Adam, GradRef, ParamId, ParamMut, Report, State, Update};
+pub use rule::{Decay, Hyper, NonFinite};
+pub use state::{BufferSpec, StateFormat, StateType};
+pub use tensor::{Moments8, Moments32, RawState, TensorStep};

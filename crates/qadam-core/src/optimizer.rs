@@ -1,0 +1,471 @@
+//! The safe API: an optimizer that owns its state and updates slices.
+
+use half::{bf16, f16};
+
+use crate::codec::block::BLOCK;
+use crate::codec::dynamic::{Sign, zero_code};
+use crate::cpu::{self, Backend};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::layout::Walk;
+use crate::rule::{Coefficients, Hyper, NonFinite};
+use crate::state::StateFormat;
+use crate::tensor::{Moments8, Moments32, RawState, TensorStep};
+
+/// A parameter's handle, given by [`Adam::add`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ParamId(usize);
+
+macro_rules! slices {
+    ($name:ident, $doc:literal, $($mutability:tt)?) => {
+        #[doc = $doc]
+        #[derive(Debug)]
+        pub enum $name<'a> {
+            /// f32 elements.
+            F32(&'a $($mutability)? [f32]),
+            /// bfloat16 elements.
+            BF16(&'a $($mutability)? [bf16]),
+            /// binary16 elements.
+            F16(&'a $($mutability)? [f16]),
+        }
+
+        impl $name<'_> {
+            /// Number of elements.
+            #[must_use]
+            pub fn len(&self) -> usize {
+                match self {
+                    Self::F32(slice) => slice.len(),
+                    Self::BF16(slice) => slice.len(),
+                    Self::F16(slice) => slice.len(),
+                }
+            }
+
+            /// Whether there are none.
+            #[must_use]
+            pub fn is_empty(&self) -> bool {
+                self.len() == 0
+            }
+
+            /// The element type.
+            #[must_use]
+            pub const fn dtype(&self) -> DType {
+                match self {
+                    Self::F32(_) => DType::F32,
+                    Self::BF16(_) => DType::BF16,
+                    Self::F16(_) => DType::F16,
+                }
+            }
+        }
+
+        impl<'a> From<&'a $($mutability)? [f32]> for $name<'a> {
+            fn from(slice: &'a $($mutability)? [f32]) -> Self {
+                Self::F32(slice)
+            }
+        }
+        impl<'a> From<&'a $($mutability)? [bf16]> for $name<'a> {
+            fn from(slice: &'a $($mutability)? [bf16]) -> Self {
+                Self::BF16(slice)
+            }
+        }
+        impl<'a> From<&'a $($mutability)? [f16]> for $name<'a> {
+            fn from(slice: &'a $($mutability)? [f16]) -> Self {
+                Self::F16(slice)
+            }
+        }
+    };
+}
+slices!(ParamMut, "A parameter to be updated.", mut);
+slices!(GradRef, "A gradient.",);
+
+impl ParamMut<'_> {
+    const fn pointer(&mut self) -> *mut u8 {
+        match self {
+            Self::F32(slice) => slice.as_mut_ptr().cast(),
+            Self::BF16(slice) => slice.as_mut_ptr().cast(),
+            Self::F16(slice) => slice.as_mut_ptr().cast(),
+        }
+    }
+}
+
+impl GradRef<'_> {
+    const fn pointer(&self) -> *const u8 {
+        match self {
+            Self::F32(slice) => slice.as_ptr().cast(),
+            Self::BF16(slice) => slice.as_ptr().cast(),
+            Self::F16(slice) => slice.as_ptr().cast(),
+        }
+    }
+}
+
+/// One parameter and its gradient, for one step. Their element types may differ.
+#[derive(Debug)]
+pub struct Update<'a> {
+    id: ParamId,
+    param: ParamMut<'a>,
+    grad: GradRef<'a>,
+}
+
+impl<'a> Update<'a> {
+    /// Pairs the parameter `id`, at `param`, with its gradient.
+    pub fn new(id: ParamId, param: impl Into<ParamMut<'a>>, grad: impl Into<GradRef<'a>>) -> Self {
+        Self { id, param: param.into(), grad: grad.into() }
+    }
+}
+
+/// What a step did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Report {
+    /// How many elements had a non-finite gradient; unless the optimizer propagates them, they
+    /// were left as they were.
+    pub nonfinite: usize,
+}
+
+/// The moments of one parameter, dense and in its memory order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum State {
+    /// [`StateFormat::F32`].
+    F32 {
+        /// First moments (torch: `exp_avg`).
+        exp_avg: Vec<f32>,
+        /// Second moments (torch: `exp_avg_sq`), none negative.
+        exp_avg_sq: Vec<f32>,
+    },
+    /// [`StateFormat::Dynamic8`].
+    Dynamic8 {
+        /// Codes of the first moments.
+        exp_avg_code: Vec<u8>,
+        /// One scale a block of 256 first moments.
+        exp_avg_scale: Vec<f32>,
+        /// Codes of the second moments.
+        exp_avg_sq_code: Vec<u8>,
+        /// One scale a block of 256 second moments.
+        exp_avg_sq_scale: Vec<f32>,
+    },
+}
+
+impl State {
+    /// Zero moments for `len` elements.
+    #[must_use]
+    pub fn zeros(format: StateFormat, len: usize) -> Self {
+        match format {
+            StateFormat::F32 => Self::F32 { exp_avg: vec![0.0; len], exp_avg_sq: vec![0.0; len] },
+            StateFormat::Dynamic8 => Self::Dynamic8 {
+                exp_avg_code: vec![zero_code(Sign::Signed); len],
+                exp_avg_scale: vec![0.0; len.div_ceil(BLOCK)],
+                exp_avg_sq_code: vec![zero_code(Sign::Unsigned); len],
+                exp_avg_sq_scale: vec![0.0; len.div_ceil(BLOCK)],
+            },
+        }
+    }
+
+    /// The format of this state.
+    #[must_use]
+    pub const fn format(&self) -> StateFormat {
+        match self {
+            Self::F32 { .. } => StateFormat::F32,
+            Self::Dynamic8 { .. } => StateFormat::Dynamic8,
+        }
+    }
+
+    /// Checks that this could be the state of a parameter of `len` elements: lengths, finite
+    /// values, no negative second moment or scale.
+    ///
+    /// # Errors
+    /// [`Error::Length`] or [`Error::StateValue`], for the first buffer that could not.
+    pub fn validate(&self, len: usize) -> Result<()> {
+        let length = |what: &'static str, got, expected| {
+            if got == expected {
+                return Ok(());
+            }
+            Err(Error::Length { what: what.to_owned(), got, expected })
+        };
+        let values = |what, values: &[f32], signed: bool| {
+            let ok = |x: f32| x.is_finite() && (signed || x >= 0.0);
+            let accepted = if signed { "a finite number" } else { "a finite number of at least 0" };
+            match values.iter().position(|&x| !ok(x)) {
+                None => Ok(()),
+                Some(index) => {
+                    Err(Error::StateValue { what, value: values[index], index, accepted })
+                }
+            }
+        };
+        match self {
+            Self::F32 { exp_avg, exp_avg_sq } => {
+                length("exp_avg", exp_avg.len(), len)?;
+                length("exp_avg_sq", exp_avg_sq.len(), len)?;
+                values("exp_avg", exp_avg, true)?;
+                values("exp_avg_sq", exp_avg_sq, false)
+            }
+            Self::Dynamic8 { exp_avg_code, exp_avg_scale, exp_avg_sq_code, exp_avg_sq_scale } => {
+                let blocks = len.div_ceil(BLOCK);
+                length("exp_avg_code", exp_avg_code.len(), len)?;
+                length("exp_avg_scale", exp_avg_scale.len(), blocks)?;
+                length("exp_avg_sq_code", exp_avg_sq_code.len(), len)?;
+                length("exp_avg_sq_scale", exp_avg_sq_scale.len(), blocks)?;
+                values("exp_avg_scale", exp_avg_scale, false)?;
+                values("exp_avg_sq_scale", exp_avg_sq_scale, false)
+            }
+        }
+    }
+
+    fn raw(&mut self) -> RawState {
+        match self {
+            Self::F32 { exp_avg, exp_avg_sq } => {
+                RawState::F32(Moments32 { m: exp_avg.as_mut_ptr(), v: exp_avg_sq.as_mut_ptr() })
+            }
+            Self::Dynamic8 { exp_avg_code, exp_avg_scale, exp_avg_sq_code, exp_avg_sq_scale } => {
+                RawState::Dynamic8(Moments8 {
+                    m_code: exp_avg_code.as_mut_ptr(),
+                    m_scale: exp_avg_scale.as_mut_ptr(),
+                    v_code: exp_avg_sq_code.as_mut_ptr(),
+                    v_scale: exp_avg_sq_scale.as_mut_ptr(),
+                })
+            }
+        }
+    }
+}
+
+/// A parameter's state and age.
+#[derive(Debug, Clone)]
+struct Slot {
+    len: usize,
+    step: u64,
+    state: State,
+}
+
+/// Adam or AdamW over slices; the state is in here, the parameters stay the caller's.
+#[derive(Debug, Clone)]
+pub struct Adam {
+    hyper: Hyper,
+    format: StateFormat,
+    threads: usize,
+    backend: Backend,
+    slots: Vec<Slot>,
+}
+
+impl Adam {
+    /// An optimizer without parameters, on the back end of [`Backend::current`] and as many threads
+    /// as `QADAM_NUM_THREADS` or the machine says.
+    ///
+    /// # Errors
+    /// [`Error::Hyperparameter`], or what [`Backend::current`] and [`cpu::pool::threads`] return.
+    pub fn new(hyper: Hyper, format: StateFormat) -> Result<Self> {
+        hyper.validate()?;
+        let machine = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = cpu::pool::threads(machine)?;
+        Ok(Self { hyper, format, threads, backend: Backend::current()?, slots: Vec::new() })
+    }
+
+    /// The same, with this many threads. Their number does not change the result.
+    #[must_use]
+    pub fn with_threads(mut self, threads: usize) -> Self {
+        self.threads = threads.max(1);
+        self
+    }
+
+    /// The same, on this back end. It does not change the result.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] where the processor does not have it.
+    pub fn with_backend(mut self, backend: Backend) -> Result<Self> {
+        if !backend.is_available() {
+            let accepted = Backend::available().map(Backend::name).collect::<Vec<_>>().join(", ");
+            return Err(Error::Backend { value: backend.name().to_owned(), accepted });
+        }
+        self.backend = backend;
+        Ok(self)
+    }
+
+    /// Adds a parameter of `len` elements, with zero state.
+    pub fn add(&mut self, len: usize) -> ParamId {
+        self.slots.push(Slot { len, step: 0, state: State::zeros(self.format, len) });
+        ParamId(self.slots.len() - 1)
+    }
+
+    /// The hyperparameters.
+    #[must_use]
+    pub const fn hyper(&self) -> &Hyper {
+        &self.hyper
+    }
+
+    /// Replaces the hyperparameters from the next step on, as a learning-rate schedule does.
+    ///
+    /// # Errors
+    /// [`Error::Hyperparameter`]; the old ones then stay.
+    pub fn set_hyper(&mut self, hyper: Hyper) -> Result<()> {
+        hyper.validate()?;
+        self.hyper = hyper;
+        Ok(())
+    }
+
+    /// Updates the given parameters; those not given stay as they are, as does their step count.
+    ///
+    /// # Errors
+    /// [`Error::UnknownParameter`], [`Error::DuplicateParameter`], [`Error::Length`] (naming the
+    /// position in `updates`), [`Error::NonFiniteGradient`], [`Error::ThreadPool`]; all before
+    /// anything is written.
+    pub fn step(&mut self, updates: &mut [Update<'_>]) -> Result<Report> {
+        self.check(updates)?;
+        let mut steps = Vec::with_capacity(updates.len());
+        for update in updates.iter_mut() {
+            let slot = &mut self.slots[update.id.0];
+            let coefficients = Coefficients::new(&self.hyper, slot.step + 1);
+            let param = (update.param.pointer(), update.param.dtype());
+            let grad = (update.grad.pointer(), update.grad.dtype());
+            let walk = Walk::flat(slot.len);
+            // SAFETY: `check` found all lengths equal to the slot's, whose state has that length;
+            // the borrows of `updates` and `self` last beyond the run, and ids are distinct.
+            steps.push(unsafe {
+                TensorStep::new(param, grad, walk, slot.state.raw(), coefficients)
+            });
+        }
+        // SAFETY: parameters are distinct `&mut` slices, states belong to distinct slots.
+        let nonfinite = unsafe {
+            if self.hyper.nonfinite == NonFinite::Raise {
+                cpu::count_nonfinite(&steps, self.threads)?;
+            }
+            cpu::run(&steps, self.backend, self.threads)?
+        };
+        for update in updates {
+            self.slots[update.id.0].step += 1;
+        }
+        Ok(Report { nonfinite })
+    }
+
+    fn check(&self, updates: &[Update<'_>]) -> Result<()> {
+        let mut seen = vec![false; self.slots.len()];
+        for (position, update) in updates.iter().enumerate() {
+            let slot = self.slot(update.id)?;
+            if std::mem::replace(&mut seen[update.id.0], true) {
+                return Err(Error::DuplicateParameter { index: update.id.0 });
+            }
+            for (what, got) in [("param", update.param.len()), ("grad", update.grad.len())] {
+                if got != slot.len {
+                    let what = format!("updates[{position}].{what}");
+                    return Err(Error::Length { what, got, expected: slot.len });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn slot(&self, id: ParamId) -> Result<&Slot> {
+        let unknown = Error::UnknownParameter { index: id.0, count: self.slots.len() };
+        self.slots.get(id.0).ok_or(unknown)
+    }
+
+    /// A parameter's state and how many steps it has seen, to be saved.
+    ///
+    /// # Errors
+    /// [`Error::UnknownParameter`].
+    pub fn state(&self, id: ParamId) -> Result<(&State, u64)> {
+        let slot = self.slot(id)?;
+        Ok((&slot.state, slot.step))
+    }
+
+    /// Replaces a parameter's state and step count by saved ones.
+    ///
+    /// # Errors
+    /// [`Error::UnknownParameter`], [`Error::StateFormat`], or what [`State::validate`] returns;
+    /// the old state then stays.
+    pub fn load_state(&mut self, id: ParamId, state: State, step: u64) -> Result<()> {
+        let len = self.slot(id)?.len;
+        if state.format() != self.format {
+            let (got, expected) = (state.format().name(), self.format.name());
+            return Err(Error::StateFormat { got, expected });
+        }
+        state.validate(len)?;
+        self.slots[id.0] = Slot { len, step, state };
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn adam(format: StateFormat) -> Adam {
+        Adam::new(Hyper::adamw(), format).unwrap()
+    }
+
+    #[test]
+    fn errors_come_before_the_first_write() {
+        let mut adam = adam(StateFormat::F32);
+        let (a, b) = (adam.add(3), adam.add(2));
+        let (mut p, mut q) = ([1.0_f32; 3], [1.0_f32; 2]);
+        let mut step = |updates: &mut [Update<'_>]| adam.step(updates).unwrap_err().to_string();
+        let text = step(&mut [
+            Update::new(a, &mut p[..], &[1.0_f32; 3][..]),
+            Update::new(b, &mut q[..], &[1.0_f32; 3][..]),
+        ]);
+        assert_eq!(text, "updates[1].grad has 3 elements, the parameter needs 2");
+        let text = step(&mut [
+            Update::new(a, &mut p[..], &[1.0_f32; 3][..]),
+            Update::new(a, &mut q[..], &[1.0_f32; 2][..]),
+        ]);
+        assert!(text.contains("parameter 0 is given twice"), "{text}");
+        let text = step(&mut [Update::new(ParamId(7), &mut q[..], &[1.0_f32; 2][..])]);
+        assert!(text.contains("parameter index 7 is unknown"), "{text}");
+        assert_eq!((p, q), ([1.0; 3], [1.0; 2]));
+        assert_eq!(adam.state(a).unwrap(), (&State::zeros(StateFormat::F32, 3), 0));
+    }
+
+    #[test]
+    fn raise_refuses_the_step_and_names_the_parameter() {
+        let hyper = Hyper { nonfinite: NonFinite::Raise, ..Hyper::adam() };
+        let mut adam = Adam::new(hyper, StateFormat::Dynamic8).unwrap();
+        let (a, b) = (adam.add(300), adam.add(300));
+        let (mut p, mut q) = (vec![1.0_f32; 300], vec![1.0_f32; 300]);
+        let mut bad = vec![0.5_f32; 300];
+        (bad[7], bad[299]) = (f32::NAN, f32::INFINITY);
+        let good = vec![0.5_f32; 300];
+        let error = adam
+            .step(&mut [
+                Update::new(a, &mut p[..], &good[..]),
+                Update::new(b, &mut q[..], &bad[..]),
+            ])
+            .unwrap_err();
+        assert_eq!(error, Error::NonFiniteGradient { index: 1, count: 2 });
+        assert_eq!((p, q), (vec![1.0; 300], vec![1.0; 300]));
+        assert_eq!(adam.state(a).unwrap().1, 0);
+    }
+
+    #[test]
+    fn saved_state_resumes_bit_for_bit() {
+        for format in [StateFormat::F32, StateFormat::Dynamic8] {
+            let mut first = adam(format);
+            let id = first.add(1000);
+            let grad = |t: usize| -> Vec<f32> {
+                (0..1000).map(|i| ((i * 37 + t * 11) % 97) as f32 / 50.0 - 1.0).collect()
+            };
+            let mut p = vec![0.1_f32; 1000];
+            for t in 0..5 {
+                first.step(&mut [Update::new(id, &mut p[..], &grad(t)[..])]).unwrap();
+            }
+            let (state, step) = first.state(id).unwrap();
+            let mut second = adam(format);
+            let copy = second.add(1000);
+            second.load_state(copy, state.clone(), step).unwrap();
+            let mut q = p.clone();
+            for t in 5..9 {
+                first.step(&mut [Update::new(id, &mut p[..], &grad(t)[..])]).unwrap();
+                second.step(&mut [Update::new(copy, &mut q[..], &grad(t)[..])]).unwrap();
+            }
+            assert_eq!((p, first.state(id).unwrap()), (q, second.state(copy).unwrap()));
+        }
+    }
+
+    #[test]
+    fn impossible_state_is_refused() {
+        let mut adam = adam(StateFormat::F32);
+        let id = adam.add(2);
+        let state =
+            |m: f32, v: f32, len| State::F32 { exp_avg: vec![m; len], exp_avg_sq: vec![v; len] };
+        let mut text = |state| adam.load_state(id, state, 1).unwrap_err().to_string();
+        assert!(text(state(0.0, 0.0, 3)).contains("exp_avg has 3 elements"));
+        assert!(text(state(f32::NAN, 0.0, 2)).contains("exp_avg holds NaN at element 0"));
+        assert!(text(state(0.0, -1.0, 2)).contains("exp_avg_sq holds -1"));
+        let other = State::zeros(StateFormat::Dynamic8, 2);
+        assert!(text(other).contains("8-bit (dynamic), this optimizer keeps 32-bit"));
+    }
+}
