@@ -39,17 +39,17 @@ class Diverged(RuntimeError):
 class TrainConfig:
     """Everything that two runs to be compared must share."""
 
-    steps: int = 1100
-    batch: int = 4
-    lr: float = 3e-3
+    steps: int = 1000
+    batch: int = 8
+    lr: float = 2e-3
     warmup: int = 100
     final_lr_fraction: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 1
     evaluations: int = 20
-    evaluation_windows: int = 768
+    evaluation_windows: int = 1024
     corpus_bytes: int = 4_000_000
     model: GPTConfig = field(default_factory=GPTConfig)
 
@@ -122,7 +122,7 @@ def validation_windows(data: Tensor, count: int, context: int) -> Tensor:
 @torch.no_grad()
 def evaluate(model: GPT, data: Tensor) -> float:
     """The mean loss over all windows in ``data``."""
-    total = sum(model.loss(part).item() * len(part) for part in data.split(16))
+    total = sum(model.loss(part).item() * len(part) for part in data.split(32))
     return total / len(data)
 
 

@@ -16,5 +16,5 @@ pub use half::{bf16, f16};
 pub use layout::{Walk, check_distinct, is_dense_like};
 pub use optimizer::{Adam, GradRef, ParamId, ParamMut, Report, State, Update};
 pub use rule::{Decay, Hyper, NonFinite};
-pub use state::{BufferSpec, StateFormat, StateType};
+pub use state::{BufferSpec, Per, StateFormat, StateType};
 pub use tensor::{Moments8, Moments32, RawState, TensorStep};

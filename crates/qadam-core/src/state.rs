@@ -24,6 +24,15 @@ pub enum StateType {
     U8,
 }
 
+/// What one element of a state buffer belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Per {
+    /// One element of the parameter.
+    Element,
+    /// One block of the parameter's elements.
+    Block,
+}
+
 /// One buffer of a parameter's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BufferSpec {
@@ -31,6 +40,8 @@ pub struct BufferSpec {
     pub name: &'static str,
     /// Its element type.
     pub dtype: StateType,
+    /// What its elements belong to.
+    pub per: Per,
     /// Its length in elements.
     pub len: usize,
 }
@@ -48,17 +59,18 @@ impl StateFormat {
     /// The buffers of a parameter of `len` elements.
     #[must_use]
     pub fn buffers(self, len: usize) -> Vec<BufferSpec> {
-        let spec = |name, dtype, len| BufferSpec { name, dtype, len };
+        let values = |name| BufferSpec { name, dtype: StateType::F32, per: Per::Element, len };
+        let codes = |name| BufferSpec { name, dtype: StateType::U8, per: Per::Element, len };
         let blocks = len.div_ceil(BLOCK);
+        let scales =
+            |name| BufferSpec { name, dtype: StateType::F32, per: Per::Block, len: blocks };
         match self {
-            Self::F32 => {
-                vec![spec("exp_avg", StateType::F32, len), spec("exp_avg_sq", StateType::F32, len)]
-            }
+            Self::F32 => vec![values("exp_avg"), values("exp_avg_sq")],
             Self::Dynamic8 => vec![
-                spec("exp_avg_code", StateType::U8, len),
-                spec("exp_avg_scale", StateType::F32, blocks),
-                spec("exp_avg_sq_code", StateType::U8, len),
-                spec("exp_avg_sq_scale", StateType::F32, blocks),
+                codes("exp_avg_code"),
+                scales("exp_avg_scale"),
+                codes("exp_avg_sq_code"),
+                scales("exp_avg_sq_scale"),
             ],
         }
     }

@@ -37,6 +37,12 @@ impl Normalizer {
     }
 }
 
+/// A scale that is not finite counts as 0: nothing that qadam writes has one, but state may come
+/// from elsewhere, and the other elements of a step must stay finite.
+pub(crate) const fn usable_scale(scale: f32) -> f32 {
+    if scale.is_finite() { scale } else { 0.0 }
+}
+
 /// The value that a code and its block's scale stand for.
 #[must_use]
 pub fn decode(code: u8, scale: f32, sign: Sign) -> f32 {

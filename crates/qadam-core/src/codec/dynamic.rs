@@ -29,18 +29,19 @@ pub enum Sign {
 }
 
 /// Constants of one map. `level` counts 0 for the zero, `d + 1` for decade `d`, 8 for the one.
+/// Tables have 16 entries because that is what a vector instruction looks up.
 #[derive(Debug)]
 pub(crate) struct Map {
-    /// `value = fma(2j + 1, slope[level], offset[level])`.
+    /// `value = fma(2j + 1, slope[exponent], offset[exponent])`, where the exponent is that of
+    /// `2k + 1` as a float, with its bias, modulo 16.
     pub slope: [f32; 16],
     pub offset: [f32; 16],
     /// `level` is how many of these are at or below `|x|`.
-    pub thresholds: [f32; 8],
-    /// `j = trunc(fma(|x|, gain[level], base[level]))`, cut to the decade's cells.
+    pub thresholds: [f32; 16],
+    /// `j = trunc(fma(|x|, gain[level], base[level]))`, cut to the decade's cells `0..=last[level]`.
     pub gain: [f32; 16],
     pub base: [f32; 16],
-    /// Exponent of `k` at level 0: signed counts `k` from 0 (written -1), unsigned from 1.
-    pub first_exponent: i32,
+    pub last: [i32; 16],
 }
 
 const fn pow10(decade: usize) -> f64 {
@@ -53,35 +54,45 @@ const fn cell(decade: usize, j: usize, cells: usize) -> f64 {
 }
 
 const fn map(sign: Sign) -> Map {
+    // exponent of `k` at level 1; at level 0, `k` is 0 (signed) or 1 (unsigned)
     let first_exponent = match sign {
-        Sign::Signed => -1,
-        Sign::Unsigned => 0,
+        Sign::Signed => 0,
+        Sign::Unsigned => 1,
     };
     let mut map = Map {
         slope: [0.0; 16],
         offset: [0.0; 16],
-        thresholds: [0.0; 8],
+        thresholds: [f32::INFINITY; 16],
         gain: [0.0; 16],
         base: [0.0; 16],
-        first_exponent,
+        last: [0; 16],
     };
+    map.last[0] = (1 << first_exponent >> 1) - 1;
     let mut below = 0.0;
     let mut level = 1;
     while level <= 7 {
         let decade = level - 1;
-        let exponent = (level as i32 + first_exponent) as u32;
-        let cells = 2_usize.pow(exponent);
-        map.slope[level] = (pow10(decade) * 0.45 / cells as f64) as f32;
-        map.offset[level] = (pow10(decade) * 0.1) as f32;
-        map.thresholds[level - 1] = f64::midpoint(below, cell(decade, 0, cells)) as f32;
+        let exponent = decade + first_exponent;
+        let cells = 1_usize << exponent;
+        map.slope[table_index(exponent)] = (pow10(decade) * 0.45 / cells as f64) as f32;
+        map.offset[table_index(exponent)] = (pow10(decade) * 0.1) as f32;
+        map.thresholds[decade] = f64::midpoint(below, cell(decade, 0, cells)) as f32;
         map.gain[level] = (cells as f64 / (0.9 * pow10(decade))) as f32;
         map.base[level] = (cells as f64 / -9.0) as f32;
+        map.last[level] = cells as i32 - 1;
         below = cell(decade, cells - 1, cells);
         level += 1;
     }
+    map.offset[table_index(7 + first_exponent)] = 1.0;
     map.thresholds[7] = f64::midpoint(below, 1.0) as f32;
-    map.offset[8] = 1.0;
+    map.last[8] = (1 << (7 + first_exponent)) - 1;
     map
+}
+
+/// Where the tables keep what belongs to a `k` of this exponent: `2k + 1` has one more, and a bias
+/// of 127.
+const fn table_index(exponent: usize) -> usize {
+    (exponent + 1 + 127) % 16
 }
 
 pub(crate) static SIGNED: Map = map(Sign::Signed);
@@ -90,19 +101,20 @@ pub(crate) static UNSIGNED: Map = map(Sign::Unsigned);
 impl Map {
     /// Value of the `k`-th code counted from the zero.
     fn value(&self, k: u32) -> f32 {
-        let odd = 2 * k + 1;
-        let exponent = odd.ilog2() as i32; // one more than k's
-        let level = (exponent - 1 - self.first_exponent) as usize;
-        let twice_j_plus_1 = (odd - (1 << exponent)) as f32;
-        twice_j_plus_1.mul_add(self.slope[level], self.offset[level])
+        let odd = (2 * k + 1) as f32;
+        let exponent = odd.to_bits() >> 23;
+        let twice_j_plus_1 = odd - f32::from_bits(exponent << 23);
+        let entry = (exponent % 16) as usize;
+        twice_j_plus_1.mul_add(self.slope[entry], self.offset[entry])
     }
 
     /// The `k` whose value is nearest to `magnitude`; NaN counts as 0.
-    fn nearest(&self, magnitude: f32) -> u32 {
+    fn nearest(&self, magnitude: f32) -> i32 {
         let level = self.thresholds.iter().filter(|&&threshold| magnitude >= threshold).count();
-        let cells = (1_i32 << level) >> -self.first_exponent;
+        let level = level.min(8);
         let j = magnitude.mul_add(self.gain[level], self.base[level]) as i32;
-        (cells + j.min(cells - 1).max(0)) as u32
+        let last = self.last[level];
+        last + 1 + j.min(last).max(0)
     }
 }
 
@@ -125,7 +137,7 @@ pub fn decode(code: u8, sign: Sign) -> f32 {
 pub fn encode(x: f32, sign: Sign) -> u8 {
     match sign {
         Sign::Signed => {
-            let k = SIGNED.nearest(x.abs()) as i32;
+            let k = SIGNED.nearest(x.abs());
             let code = if x < 0.0 { 127 - k.min(127) } else { 127 + k };
             code as u8
         }

@@ -74,9 +74,6 @@ unsafe impl Lanes for Avx2 {
         fn abs(a: __m256) -> __m256 {
             _mm256_andnot_ps(_mm256_set1_ps(-0.0), a)
         }
-        fn neg(a: __m256) -> __m256 {
-            _mm256_xor_ps(a, _mm256_set1_ps(-0.0))
-        }
         fn min(a: __m256, b: __m256) -> __m256 {
             _mm256_min_ps(a, b)
         }
@@ -91,6 +88,9 @@ unsafe impl Lanes for Avx2 {
         fn less(a: __m256, b: __m256) -> __m256i {
             _mm256_castps_si256(_mm256_cmp_ps::<_CMP_LT_OQ>(a, b))
         }
+        fn at_most(a: __m256, b: __m256) -> __m256i {
+            _mm256_castps_si256(_mm256_cmp_ps::<_CMP_LE_OQ>(a, b))
+        }
         fn is_finite(a: __m256) -> __m256i {
             let infinity = _mm256_castps_si256(_mm256_set1_ps(f32::INFINITY));
             _mm256_cmpgt_epi32(infinity, _mm256_castps_si256(Self::abs(a)))
@@ -104,6 +104,9 @@ unsafe impl Lanes for Avx2 {
         fn select_i(mask: __m256i, a: __m256i, b: __m256i) -> __m256i {
             _mm256_blendv_epi8(b, a, mask)
         }
+        fn all(mask: __m256i) -> bool {
+            _mm256_movemask_ps(_mm256_castsi256_ps(mask)) == 0xFF
+        }
         fn count(mask: __m256i) -> usize {
             _mm256_movemask_ps(_mm256_castsi256_ps(mask)).count_ones() as usize
         }
@@ -116,23 +119,11 @@ unsafe impl Lanes for Avx2 {
         fn sub_i(a: __m256i, b: __m256i) -> __m256i {
             _mm256_sub_epi32(a, b)
         }
-        fn abs_i(a: __m256i) -> __m256i {
-            _mm256_abs_epi32(a)
-        }
         fn min_i(a: __m256i, b: __m256i) -> __m256i {
             _mm256_min_epi32(a, b)
         }
         fn max_i(a: __m256i, b: __m256i) -> __m256i {
             _mm256_max_epi32(a, b)
-        }
-        fn shift_left(a: __m256i, by: __m256i) -> __m256i {
-            _mm256_sllv_epi32(a, by)
-        }
-        fn half_i(a: __m256i) -> __m256i {
-            _mm256_srli_epi32::<1>(a)
-        }
-        fn less_i(a: __m256i, b: __m256i) -> __m256i {
-            _mm256_cmpgt_epi32(b, a)
         }
         fn to_float(a: __m256i) -> __m256 {
             _mm256_cvtepi32_ps(a)
@@ -140,27 +131,33 @@ unsafe impl Lanes for Avx2 {
         fn truncate(a: __m256) -> __m256i {
             _mm256_cvttps_epi32(a)
         }
+        fn bits(a: __m256) -> __m256i {
+            _mm256_castps_si256(a)
+        }
+        fn with_sign(magnitude: __m256, sign: __m256) -> __m256 {
+            _mm256_or_ps(magnitude, _mm256_and_ps(sign, _mm256_set1_ps(-0.0)))
+        }
         fn exponent(a: __m256) -> __m256i {
-            let field = _mm256_srli_epi32::<23>(_mm256_castps_si256(a));
-            _mm256_sub_epi32(field, _mm256_set1_epi32(127))
+            _mm256_srli_epi32::<23>(_mm256_castps_si256(a))
         }
         fn power_of_two(a: __m256) -> __m256 {
             let field = _mm256_set1_epi32(0x7F80_0000);
             _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(a), field))
         }
         fn lookup(table: &[f32; 16], index: __m256i) -> __m256 {
-            // the permutation sees the index modulo 8
+            // a permutation sees the index modulo 8; its bit 3, moved to the sign, chooses the half
             let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.as_ptr()), index);
-            let is_8 = _mm256_cmpeq_epi32(index, _mm256_set1_epi32(8));
-            Self::select(is_8, Self::splat(table[8]), low)
+            let high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.as_ptr().add(8)), index);
+            _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)))
         }
-        fn levels(x: __m256, thresholds: &[f32; 8]) -> __m256i {
-            let mut level = _mm256_setzero_si256();
-            for &threshold in thresholds {
-                let reached = _mm256_cmp_ps::<_CMP_GE_OQ>(x, _mm256_set1_ps(threshold));
-                level = _mm256_sub_epi32(level, _mm256_castps_si256(reached)); // -1 where reached
-            }
-            level
+        fn lookup_i(table: &[i32; 16], index: __m256i) -> __m256i {
+            let low = _mm256_loadu_si256(table.as_ptr().cast());
+            let high = _mm256_loadu_si256(table.as_ptr().add(8).cast());
+            let low = _mm256_permutevar8x32_epi32(low, index);
+            let high = _mm256_permutevar8x32_epi32(high, index);
+            let half = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
+            let (low, high) = (_mm256_castsi256_ps(low), _mm256_castsi256_ps(high));
+            _mm256_castps_si256(_mm256_blendv_ps(low, high, half))
         }
         fn load_codes(from: *const u8) -> __m256i {
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))

@@ -78,9 +78,6 @@ unsafe impl Lanes for Avx512 {
         fn abs(a: __m512) -> __m512 {
             _mm512_abs_ps(a)
         }
-        fn neg(a: __m512) -> __m512 {
-            _mm512_xor_ps(a, _mm512_set1_ps(-0.0))
-        }
         fn min(a: __m512, b: __m512) -> __m512 {
             _mm512_min_ps(a, b)
         }
@@ -92,6 +89,9 @@ unsafe impl Lanes for Avx512 {
         }
         fn less(a: __m512, b: __m512) -> __mmask16 {
             _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b)
+        }
+        fn at_most(a: __m512, b: __m512) -> __mmask16 {
+            _mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, b)
         }
         fn is_finite(a: __m512) -> __mmask16 {
             !_mm512_fpclass_ps_mask::<NOT_FINITE>(a)
@@ -105,6 +105,9 @@ unsafe impl Lanes for Avx512 {
         fn select_i(mask: __mmask16, a: __m512i, b: __m512i) -> __m512i {
             _mm512_mask_mov_epi32(b, mask, a)
         }
+        fn all(mask: __mmask16) -> bool {
+            _kortestc_mask16_u8(mask, mask) == 1
+        }
         fn count(mask: __mmask16) -> usize {
             _cvtmask16_u32(mask).count_ones() as usize
         }
@@ -117,23 +120,11 @@ unsafe impl Lanes for Avx512 {
         fn sub_i(a: __m512i, b: __m512i) -> __m512i {
             _mm512_sub_epi32(a, b)
         }
-        fn abs_i(a: __m512i) -> __m512i {
-            _mm512_abs_epi32(a)
-        }
         fn min_i(a: __m512i, b: __m512i) -> __m512i {
             _mm512_min_epi32(a, b)
         }
         fn max_i(a: __m512i, b: __m512i) -> __m512i {
             _mm512_max_epi32(a, b)
-        }
-        fn shift_left(a: __m512i, by: __m512i) -> __m512i {
-            _mm512_sllv_epi32(a, by)
-        }
-        fn half_i(a: __m512i) -> __m512i {
-            _mm512_srli_epi32::<1>(a)
-        }
-        fn less_i(a: __m512i, b: __m512i) -> __mmask16 {
-            _mm512_cmplt_epi32_mask(a, b)
         }
         fn to_float(a: __m512i) -> __m512 {
             _mm512_cvtepi32_ps(a)
@@ -141,9 +132,14 @@ unsafe impl Lanes for Avx512 {
         fn truncate(a: __m512) -> __m512i {
             _mm512_cvttps_epi32(a)
         }
+        fn bits(a: __m512) -> __m512i {
+            _mm512_castps_si512(a)
+        }
+        fn with_sign(magnitude: __m512, sign: __m512) -> __m512 {
+            _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.0)))
+        }
         fn exponent(a: __m512) -> __m512i {
-            let field = _mm512_srli_epi32::<23>(_mm512_castps_si512(a));
-            _mm512_sub_epi32(field, _mm512_set1_epi32(127))
+            _mm512_srli_epi32::<23>(_mm512_castps_si512(a))
         }
         fn power_of_two(a: __m512) -> __m512 {
             let field = _mm512_set1_epi32(0x7F80_0000);
@@ -152,14 +148,8 @@ unsafe impl Lanes for Avx512 {
         fn lookup(table: &[f32; 16], index: __m512i) -> __m512 {
             _mm512_permutexvar_ps(index, _mm512_loadu_ps(table.as_ptr()))
         }
-        fn levels(x: __m512, thresholds: &[f32; 8]) -> __m512i {
-            let one = _mm512_set1_epi32(1);
-            let mut level = _mm512_setzero_si512();
-            for &threshold in thresholds {
-                let reached = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(x, _mm512_set1_ps(threshold));
-                level = _mm512_mask_add_epi32(level, reached, level, one);
-            }
-            level
+        fn lookup_i(table: &[i32; 16], index: __m512i) -> __m512i {
+            _mm512_permutexvar_epi32(index, _mm512_loadu_si512(table.as_ptr().cast()))
         }
         fn load_codes(from: *const u8) -> __m512i {
             _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))

@@ -74,9 +74,10 @@ pub(super) unsafe fn step8<P: Float, G: Float>(
     let mut nonfinite = 0;
     for (((p, g), (m_code, v_code)), (m_scale, v_scale)) in elements.zip(codes).zip(scales) {
         let mut skipped = 0;
+        let (m_old, v_old) = (block::usable_scale(*m_scale), block::usable_scale(*v_scale));
         for i in 0..p.len() {
-            m[i] = block::decode(m_code[i], *m_scale, Sign::Signed);
-            v[i] = block::decode(v_code[i], *v_scale, Sign::Unsigned);
+            m[i] = block::decode(m_code[i], m_old, Sign::Signed);
+            v[i] = block::decode(v_code[i], v_old, Sign::Unsigned);
             skipped += usize::from(!update(&mut p[i], g[i], &mut m[i], &mut v[i], c));
         }
         nonfinite += skipped;

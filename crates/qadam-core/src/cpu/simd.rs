@@ -10,7 +10,7 @@ use std::mem::MaybeUninit;
 use half::{bf16, f16};
 
 use crate::codec::BLOCK;
-use crate::codec::block::Normalizer;
+use crate::codec::block::{self, Normalizer};
 use crate::codec::dynamic::{self, Map, SIGNED, Sign, UNSIGNED};
 use crate::dtype::Float;
 use crate::rule::{Coefficients, GRADIENT_LIMIT};
@@ -45,7 +45,6 @@ pub(super) unsafe trait Lanes: Copy {
     /// `-a * b + c`, rounded once.
     unsafe fn fnma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     unsafe fn abs(a: Self::F) -> Self::F;
-    unsafe fn neg(a: Self::F) -> Self::F;
     /// For numbers that are not NaN.
     unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
     /// For numbers that are not NaN.
@@ -54,36 +53,37 @@ pub(super) unsafe trait Lanes: Copy {
     unsafe fn reduce_max(a: Self::F) -> f32;
 
     unsafe fn less(a: Self::F, b: Self::F) -> Self::M;
+    unsafe fn at_most(a: Self::F, b: Self::F) -> Self::M;
     unsafe fn is_finite(a: Self::F) -> Self::M;
     unsafe fn is_nan(a: Self::F) -> Self::M;
     /// `mask ? a : b`.
     unsafe fn select(mask: Self::M, a: Self::F, b: Self::F) -> Self::F;
     unsafe fn select_i(mask: Self::M, a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn all(mask: Self::M) -> bool;
     /// How many lanes of the mask are set.
     unsafe fn count(mask: Self::M) -> usize;
 
     unsafe fn splat_i(x: i32) -> Self::I;
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn sub_i(a: Self::I, b: Self::I) -> Self::I;
-    unsafe fn abs_i(a: Self::I) -> Self::I;
     unsafe fn min_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn max_i(a: Self::I, b: Self::I) -> Self::I;
-    unsafe fn shift_left(a: Self::I, by: Self::I) -> Self::I;
-    /// Half of a non-negative number, rounded down.
-    unsafe fn half_i(a: Self::I) -> Self::I;
-    unsafe fn less_i(a: Self::I, b: Self::I) -> Self::M;
-    /// Exact: the integers here are below 2^24.
+    /// To nearest; exact below 2^24.
     unsafe fn to_float(a: Self::I) -> Self::F;
     /// Toward zero; the numbers here are below 2^24.
     unsafe fn truncate(a: Self::F) -> Self::I;
-    /// Exponent field of a positive number, less the bias.
+    /// The bits of each lane.
+    unsafe fn bits(a: Self::F) -> Self::I;
+    /// The sign bit of `sign`, the rest of the positive `magnitude`.
+    unsafe fn with_sign(magnitude: Self::F, sign: Self::F) -> Self::F;
+    /// Exponent field of a positive number, with its bias.
     unsafe fn exponent(a: Self::F) -> Self::I;
     /// A positive number's power of two: its mantissa set to 1.
     unsafe fn power_of_two(a: Self::F) -> Self::F;
-    /// `table[index]` for indices 0 to 8.
+    /// `table[index % 16]`.
     unsafe fn lookup(table: &[f32; 16], index: Self::I) -> Self::F;
-    /// How many of the ascending `thresholds` are at or below each lane.
-    unsafe fn levels(x: Self::F, thresholds: &[f32; 8]) -> Self::I;
+    /// The same for a table of integers.
+    unsafe fn lookup_i(table: &[i32; 16], index: Self::I) -> Self::I;
     /// `N` bytes, widened.
     unsafe fn load_codes(from: *const u8) -> Self::I;
     /// The low byte of each lane.
@@ -175,30 +175,43 @@ struct Elements<L: Lanes> {
     v: L::F,
 }
 
-/// [`rule::update`](crate::rule::update).
+/// [`rule::update`](crate::rule::update), but for [`canonical`] moments; also how many gradients were
+/// finite.
 #[inline(always)]
-unsafe fn update<L: Lanes>(e: Elements<L>, g: L::F, c: &Splat<L>) -> (Elements<L>, L::M) {
+unsafe fn update<L: Lanes>(e: Elements<L>, g: L::F, c: &Splat<L>) -> (Elements<L>, usize) {
     // SAFETY: the caller enables the instruction set.
     unsafe {
         let g = if c.has_l2 { L::fma(c.l2, e.p, g) } else { g };
-        let finite = L::is_finite(g);
         let limit = L::splat(GRADIENT_LIMIT);
+        if L::all(L::at_most(L::abs(g), limit)) {
+            return (updated::<L>(e, g, c), L::N);
+        }
+        let finite = L::is_finite(g);
         let clamped = L::max(L::min(g, limit), L::splat(-GRADIENT_LIMIT));
-        let g = if c.propagate { L::select(finite, clamped, g) } else { clamped };
-        let m = L::fma(c.w1, g, L::fnma(c.w1, e.m, e.m));
-        let v = L::fma(c.w2, L::mul(g, g), L::fnma(c.w2, e.v, e.v));
-        let p = if c.has_shrink { L::fnma(c.shrink, e.p, e.p) } else { e.p };
-        let p = L::fnma(c.step, L::div(m, L::add(L::sqrt(v), c.eps)), p);
-        let new = Elements { p: canonical::<L>(p), m: canonical::<L>(m), v: canonical::<L>(v) };
+        let new = updated::<L>(e, L::select(finite, clamped, g), c);
+        let count = L::count(finite);
         if c.propagate {
-            return (new, finite);
+            return (new, count);
         }
         let kept = Elements {
             p: L::select(finite, new.p, e.p),
             m: L::select(finite, new.m, e.m),
             v: L::select(finite, new.v, e.v),
         };
-        (kept, finite)
+        (kept, count)
+    }
+}
+
+/// The update itself, for gradients that pass.
+#[inline(always)]
+unsafe fn updated<L: Lanes>(e: Elements<L>, g: L::F, c: &Splat<L>) -> Elements<L> {
+    // SAFETY: the caller enables the instruction set.
+    unsafe {
+        let m = L::fma(c.w1, g, L::fnma(c.w1, e.m, e.m));
+        let v = L::fma(c.w2, L::mul(g, g), L::fnma(c.w2, e.v, e.v));
+        let p = if c.has_shrink { L::fnma(c.shrink, e.p, e.p) } else { e.p };
+        let p = L::fnma(c.step, L::div(m, L::add(L::sqrt(v), c.eps)), p);
+        Elements { p: canonical::<L>(p), m, v }
     }
 }
 
@@ -209,22 +222,23 @@ unsafe fn canonical<L: Lanes>(x: L::F) -> L::F {
     unsafe { L::select(L::is_nan(x), L::splat(f32::from_bits(0x7FC0_0000)), x) }
 }
 
-/// `N` elements at most, padded with zeros, for the end of a tensor.
-struct Padded<T>([T; 16]);
+/// The end of a tensor, padded to whole vectors.
+#[repr(align(64))]
+struct Padded<T, const LEN: usize>([T; LEN]);
 
-impl<T: Copy + Default> Padded<T> {
+impl<T: Copy, const LEN: usize> Padded<T, LEN> {
     /// # Safety
-    /// `from` is valid for `len` elements, at most 16.
+    /// `from` is valid for `len` elements, at most `LEN`.
     #[inline(always)]
-    unsafe fn load(from: *const T, len: usize) -> Self {
-        let mut padded = Self([T::default(); 16]);
+    unsafe fn load(from: *const T, len: usize, padding: T) -> Self {
+        let mut padded = Self([padding; LEN]);
         // SAFETY: `len` elements are valid at the source and fit the array.
         unsafe { from.copy_to_nonoverlapping(padded.0.as_mut_ptr(), len) };
         padded
     }
 
     /// # Safety
-    /// `to` is valid for `len` elements, at most 16.
+    /// `to` is valid for `len` elements, at most `LEN`.
     #[inline(always)]
     unsafe fn store(&self, to: *mut T, len: usize) {
         // SAFETY: `len` elements are valid at the target and in the array.
@@ -257,10 +271,10 @@ pub(super) unsafe fn step32<L: Lanes, P: VectorFloat, G: VectorFloat>(
         }
         let (at, rest) = (vectors * L::N, len % L::N);
         if rest > 0 {
-            let mut p = Padded::load(param.add(at), rest);
-            let g = Padded::load(grad.add(at), rest);
-            let mut m = Padded::load(moments.m.add(at), rest);
-            let mut v = Padded::load(moments.v.add(at), rest);
+            let mut p = Padded::<_, 16>::load(param.add(at), rest, P::default());
+            let g = Padded::<_, 16>::load(grad.add(at), rest, G::default());
+            let mut m = Padded::<_, 16>::load(moments.m.add(at), rest, 0.0);
+            let mut v = Padded::<_, 16>::load(moments.v.add(at), rest, 0.0);
             let (p_at, g_at) = (p.0.as_mut_ptr(), g.0.as_ptr());
             finite += vector32::<L, P, G>(p_at, g_at, m.0.as_mut_ptr(), v.0.as_mut_ptr(), &c);
             finite -= L::N - rest; // the padding's zeros are finite
@@ -289,9 +303,9 @@ unsafe fn vector32<L: Lanes, P: VectorFloat, G: VectorFloat>(
         let e = Elements { p: P::load::<L>(p), m: L::load(m), v: L::load(v) };
         let (e, finite) = update::<L>(e, G::load::<L>(g), c);
         P::store::<L>(e.p, p);
-        L::store(e.m, m);
-        L::store(e.v, v);
-        L::count(finite)
+        L::store(canonical::<L>(e.m), m);
+        L::store(canonical::<L>(e.v), v);
+        finite
     }
 }
 
@@ -308,100 +322,84 @@ pub(super) unsafe fn step8<L: Lanes, P: VectorFloat, G: VectorFloat>(
     c: &Coefficients,
 ) -> usize {
     let (param, grad) = (param.cast::<P>(), grad.cast::<G>());
-    // SAFETY: whole blocks lie within `len` valid elements, a scale each; the tail's whole vectors
-    // do too, and what remains of it goes through padded copies.
+    // SAFETY: whole blocks lie within `len` valid elements, a scale each; the rest of the codes and
+    // elements goes through padded copies of a whole block, its scales are the last ones.
     unsafe {
         let c = Splat::<L>::new(c);
+        let whole = len / BLOCK * BLOCK;
         let mut nonfinite = 0;
-        for start in (0..len).step_by(BLOCK) {
-            let block = Block {
-                p: param.add(start),
-                g: grad.add(start),
-                moments: moments.skip(start),
-                len: BLOCK.min(len - start),
-            };
-            nonfinite += block8::<L, P, G>(&block, &c);
+        for start in (0..whole).step_by(BLOCK) {
+            let moments = moments.skip(start);
+            nonfinite += block8::<L, P, G>(param.add(start), grad.add(start), moments, BLOCK, &c);
+        }
+        let rest = len - whole;
+        if rest > 0 {
+            let (param, tail) = (param.add(whole), moments.skip(whole));
+            let zero = dynamic::zero_code;
+            let mut p = Padded::<_, BLOCK>::load(param, rest, P::default());
+            let g = Padded::<_, BLOCK>::load(grad.add(whole), rest, G::default());
+            let mut m = Padded::<_, BLOCK>::load(tail.m_code, rest, zero(Sign::Signed));
+            let mut v = Padded::<_, BLOCK>::load(tail.v_code, rest, zero(Sign::Unsigned));
+            let moments = Moments8 { m_code: m.0.as_mut_ptr(), v_code: v.0.as_mut_ptr(), ..tail };
+            nonfinite += block8::<L, P, G>(p.0.as_mut_ptr(), g.0.as_ptr(), moments, rest, &c);
+            p.store(param, rest);
+            m.store(tail.m_code, rest);
+            v.store(tail.v_code, rest);
         }
         nonfinite
     }
-}
-
-/// One block of at most [`BLOCK`] elements.
-struct Block<P, G> {
-    p: *mut P,
-    g: *const G,
-    moments: Moments8,
-    len: usize,
 }
 
 /// The new moments of a block, between the pass that finds the scales and the pass that encodes.
 #[repr(align(64))]
 struct Values(MaybeUninit<[f32; BLOCK]>);
 
-/// Updates a block and returns how many gradients were not finite.
+/// Updates a block of `len` elements, padded with zeros to whole vectors, and returns how many
+/// gradients were not finite.
 ///
 /// # Safety
-/// The block's pointers are valid; the caller enables the instruction set.
+/// The pointers are valid for `len` elements rounded up to whole vectors, and a scale each; the
+/// caller enables the instruction set.
 #[inline(always)]
 unsafe fn block8<L: Lanes, P: VectorFloat, G: VectorFloat>(
-    block: &Block<P, G>,
+    p: *mut P,
+    g: *const G,
+    moments: Moments8,
+    len: usize,
     c: &Splat<L>,
 ) -> usize {
-    let Moments8 { m_code, m_scale, v_code, v_scale } = block.moments;
+    let Moments8 { m_code, m_scale, v_code, v_scale } = moments;
     let (mut new_m, mut new_v) = (Values(MaybeUninit::uninit()), Values(MaybeUninit::uninit()));
     let (new_m, new_v) = (new_m.0.as_mut_ptr().cast::<f32>(), new_v.0.as_mut_ptr().cast::<f32>());
-    let (vectors, rest) = (block.len / L::N, block.len % L::N);
-    let tail = vectors * L::N;
-    // SAFETY: vector `i` starts at element `i * N` of a block that holds it whole, the last one in
-    // the padded copies; `new_m` and `new_v` hold a whole block, of which the second pass reads
-    // what the first wrote.
+    let padded = len.next_multiple_of(L::N);
+    // SAFETY: vectors start at multiples of `N` below `padded`; `new_m` and `new_v` hold a whole
+    // block, of which the second pass reads what the first wrote.
     unsafe {
         let mut pass = FirstPass::<L> {
-            m_scale: L::splat(*m_scale),
-            v_scale: L::splat(*v_scale),
+            m_scale: L::splat(block::usable_scale(*m_scale)),
+            v_scale: L::splat(block::usable_scale(*v_scale)),
             m_max: L::splat(0.0),
             v_max: L::splat(0.0),
             finite: 0,
         };
-        for i in 0..vectors {
-            let at = i * L::N;
+        for at in (0..padded).step_by(L::N) {
             let codes = (m_code.add(at).cast_const(), v_code.add(at).cast_const());
             let values = (new_m.add(at), new_v.add(at));
-            pass.vector::<P, G>(block.p.add(at), block.g.add(at), codes, values, c);
+            pass.vector::<P, G>(p.add(at), g.add(at), codes, values, c);
         }
-        if rest > 0 {
-            let mut p = Padded::load(block.p.add(tail), rest);
-            let g = Padded::load(block.g.add(tail), rest);
-            let mut m = [dynamic::zero_code(Sign::Signed); 16];
-            let mut v = [dynamic::zero_code(Sign::Unsigned); 16];
-            m_code.add(tail).copy_to_nonoverlapping(m.as_mut_ptr(), rest);
-            v_code.add(tail).copy_to_nonoverlapping(v.as_mut_ptr(), rest);
-            let values = (new_m.add(tail), new_v.add(tail));
-            let (p_at, g_at) = (p.0.as_mut_ptr(), g.0.as_ptr());
-            pass.vector::<P, G>(p_at, g_at, (m.as_ptr(), v.as_ptr()), values, c);
-            pass.finite -= L::N - rest; // the padding's zeros are finite
-            p.store(block.p.add(tail), rest);
-        }
-        if pass.finite == 0 && !c.propagate {
-            return block.len;
+        let nonfinite = padded - pass.finite; // the padding is finite
+        if nonfinite == len && !c.propagate {
+            return nonfinite;
         }
         let (m_max, v_max) = (L::reduce_max(pass.m_max), L::reduce_max(pass.v_max));
         (*m_scale, *v_scale) = (m_max, v_max);
         let m_encoder = Encoder::<L>::new(m_max);
         let v_encoder = Encoder::<L>::new(v_max);
-        for i in 0..vectors {
-            let at = i * L::N;
+        for at in (0..padded).step_by(L::N) {
             L::store_codes(m_encoder.signed(L::load(new_m.add(at))), m_code.add(at));
             L::store_codes(v_encoder.unsigned(L::load(new_v.add(at))), v_code.add(at));
         }
-        if rest > 0 {
-            let mut codes = [0_u8; 16];
-            L::store_codes(m_encoder.signed(L::load(new_m.add(tail))), codes.as_mut_ptr());
-            codes.as_ptr().copy_to_nonoverlapping(m_code.add(tail), rest);
-            L::store_codes(v_encoder.unsigned(L::load(new_v.add(tail))), codes.as_mut_ptr());
-            codes.as_ptr().copy_to_nonoverlapping(v_code.add(tail), rest);
-        }
-        block.len - pass.finite
+        nonfinite
     }
 }
 
@@ -435,9 +433,11 @@ impl<L: Lanes> FirstPass<L> {
             };
             let (e, finite) = update::<L>(e, G::load::<L>(g), c);
             P::store::<L>(e.p, p);
-            self.finite += L::count(finite);
-            let m = zero_unless_finite::<L>(e.m);
-            let v = zero_unless_finite::<L>(e.v);
+            self.finite += finite;
+            // usable scales and finite gradients make finite moments
+            let passed = c.propagate && finite < L::N;
+            let m = if passed { zero_unless_finite::<L>(e.m) } else { e.m };
+            let v = if passed { zero_unless_finite::<L>(e.v) } else { e.v };
             self.m_max = L::max(self.m_max, L::abs(m));
             self.v_max = L::max(self.v_max, L::abs(v));
             L::store(m, new_m);
@@ -454,13 +454,12 @@ unsafe fn zero_unless_finite<L: Lanes>(x: L::F) -> L::F {
 
 /// `Map::value` for `odd = 2k + 1`.
 #[inline(always)]
-unsafe fn decode<L: Lanes>(odd: L::I, map: &Map) -> L::F {
-    // SAFETY: the caller enables the instruction set; levels are 0 to 8.
+unsafe fn decode<L: Lanes>(odd: L::F, map: &Map) -> L::F {
+    // SAFETY: the caller enables the instruction set.
     unsafe {
-        let odd = L::to_float(odd);
-        let level = L::sub_i(L::exponent(odd), L::splat_i(1 + map.first_exponent));
+        let exponent = L::exponent(odd);
         let cell = L::sub(odd, L::power_of_two(odd));
-        L::fma(cell, L::lookup(&map.slope, level), L::lookup(&map.offset, level))
+        L::fma(cell, L::lookup(&map.slope, exponent), L::lookup(&map.offset, exponent))
     }
 }
 
@@ -469,11 +468,9 @@ unsafe fn decode<L: Lanes>(odd: L::I, map: &Map) -> L::F {
 unsafe fn decode_signed<L: Lanes>(code: L::I) -> L::F {
     // SAFETY: the caller enables the instruction set.
     unsafe {
-        let k = L::sub_i(code, L::splat_i(127));
-        let magnitude = L::abs_i(k);
-        let odd = L::add_i(L::add_i(magnitude, magnitude), L::splat_i(1));
-        let value = decode::<L>(odd, &SIGNED);
-        L::select(L::less_i(k, L::splat_i(0)), L::neg(value), value)
+        let k = L::sub(L::to_float(code), L::splat(127.0));
+        let odd = L::fma(L::abs(k), L::splat(2.0), L::splat(1.0));
+        L::with_sign(decode::<L>(odd, &SIGNED), k)
     }
 }
 
@@ -482,7 +479,7 @@ unsafe fn decode_signed<L: Lanes>(code: L::I) -> L::F {
 unsafe fn decode_unsigned<L: Lanes>(code: L::I) -> L::F {
     // SAFETY: the caller enables the instruction set.
     unsafe {
-        let odd = L::add_i(L::add_i(code, code), L::splat_i(3));
+        let odd = L::fma(L::to_float(code), L::splat(2.0), L::splat(3.0));
         decode::<L>(odd, &UNSIGNED)
     }
 }
@@ -491,20 +488,25 @@ unsafe fn decode_unsigned<L: Lanes>(code: L::I) -> L::F {
 struct Encoder<L: Lanes> {
     power: L::F,
     reciprocal: L::F,
+    has_power: bool,
 }
 
 impl<L: Lanes> Encoder<L> {
     #[inline(always)]
     unsafe fn new(scale: f32) -> Self {
         let Normalizer { power, reciprocal } = Normalizer::new(scale);
+        let has_power = power != 1.0;
         // SAFETY: the caller enables the instruction set.
-        unsafe { Self { power: L::splat(power), reciprocal: L::splat(reciprocal) } }
+        unsafe { Self { power: L::splat(power), reciprocal: L::splat(reciprocal), has_power } }
     }
 
     #[inline(always)]
     unsafe fn normalize(&self, value: L::F) -> L::F {
         // SAFETY: the caller enables the instruction set.
-        unsafe { L::mul(L::mul(value, self.power), self.reciprocal) }
+        unsafe {
+            let value = if self.has_power { L::mul(value, self.power) } else { value };
+            L::mul(value, self.reciprocal)
+        }
     }
 
     #[inline(always)]
@@ -514,7 +516,7 @@ impl<L: Lanes> Encoder<L> {
             let x = self.normalize(value);
             let k = nearest::<L>(L::abs(x), &SIGNED);
             let zero = L::splat_i(127);
-            let negative = L::sub_i(zero, L::min_i(k, zero));
+            let negative = L::max_i(L::sub_i(zero, k), L::splat_i(0));
             L::select_i(L::less(x, L::splat(0.0)), negative, L::add_i(zero, k))
         }
     }
@@ -523,10 +525,9 @@ impl<L: Lanes> Encoder<L> {
     unsafe fn unsigned(&self, value: L::F) -> L::I {
         // SAFETY: the caller enables the instruction set.
         unsafe {
-            let k = nearest::<L>(self.normalize(value), &UNSIGNED);
+            let code = L::sub_i(nearest::<L>(self.normalize(value), &UNSIGNED), L::splat_i(1));
             let positive = L::less(L::splat(0.0), value);
-            let smallest = L::select_i(positive, L::splat_i(2), L::splat_i(1));
-            L::sub_i(L::max_i(k, smallest), L::splat_i(1))
+            L::select_i(positive, L::max_i(code, L::splat_i(1)), code)
         }
     }
 }
@@ -534,13 +535,24 @@ impl<L: Lanes> Encoder<L> {
 /// `Map::nearest`.
 #[inline(always)]
 unsafe fn nearest<L: Lanes>(magnitude: L::F, map: &Map) -> L::I {
-    // SAFETY: the caller enables the instruction set; levels are 0 to 8.
+    // SAFETY: the caller enables the instruction set.
     unsafe {
-        let level = L::levels(magnitude, &map.thresholds);
+        // One threshold lies between the levels that the guess leaves open.
+        let log =
+            L::fma(L::to_float(L::bits(magnitude)), L::splat(LOG_SLOPE), L::splat(LOG_OFFSET));
+        let guess = L::truncate(L::max(log, L::splat(0.0)));
+        let reached = L::at_most(L::lookup(&map.thresholds, guess), magnitude);
+        let level = L::select_i(reached, L::add_i(guess, L::splat_i(1)), guess);
         let gain = L::lookup(&map.gain, level);
         let j = L::truncate(L::fma(magnitude, gain, L::lookup(&map.base, level)));
-        let cells = L::half_i(L::shift_left(L::splat_i(2 + map.first_exponent), level));
-        let last = L::sub_i(cells, L::splat_i(1));
-        L::add_i(cells, L::max_i(L::min_i(j, last), L::splat_i(0)))
+        let last = L::lookup_i(&map.last, level);
+        let j = L::max_i(L::min_i(j, last), L::splat_i(0));
+        L::add_i(L::add_i(j, last), L::splat_i(1))
     }
 }
+
+/// `trunc(bits * LOG_SLOPE + LOG_OFFSET)` guesses a number's level, or one less: a positive float's
+/// bits are `2^23 * (log2(x) + 127)` within 0.09, so the guess passes from `i - 1` to `i` near
+/// `10^(i - 7.3)`, well between thresholds `i - 1` and `i`.
+const LOG_SLOPE: f32 = std::f32::consts::LOG10_2 / 8_388_608.0;
+const LOG_OFFSET: f32 = 7.3 - 127.0 * std::f32::consts::LOG10_2;

@@ -1,0 +1,45 @@
+# `make demo` runs the main job, `make test` everything that CI does; each sets itself up.
+# Needs: a Rust toolchain, Python 3.10 or later, crates.io and PyPI.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+export CARGO_TERM_COLOR ?= never
+
+.PHONY: demo test lint rust-test wheel bench clean
+
+demo: wheel
+	$(BIN)/python examples/demo.py
+
+test: lint rust-test wheel
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest qadam._core --ignore-disjoint-bases
+	$(BIN)/pytest
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
+
+rust-test:
+	cargo test --workspace --locked --quiet
+
+# The package as users get it: built as a wheel, installed into the virtual environment.
+wheel: $(VENV)/.installed
+	rm -f target/wheels/qadam-*.whl
+	$(BIN)/maturin build --release --locked --quiet --out target/wheels
+	$(BIN)/pip install --quiet --force-reinstall --no-deps target/wheels/qadam-*.whl
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "maturin>=1.9,<2" "torch>=2.5" --group test --group demo
+	touch $@
+
+bench: wheel
+	$(BIN)/python benches/cpu.py
+
+clean:
+	rm -rf $(VENV) target

@@ -1,0 +1,51 @@
+//! `qadam._core`: converts torch tensors to pointers and calls [`qadam_core`]. No arithmetic here.
+//!
+//! * [`engine`] steps all tensors of an optimizer in one call, with the GIL released;
+//! * [`quantize`] encodes and decodes state for checkpoints of another width;
+//! * [`tensor`] reads what is needed of a torch tensor.
+
+mod engine;
+mod error;
+mod quantize;
+mod tensor;
+
+use pyo3::prelude::*;
+use qadam_core::Hyper;
+
+/// The Rust core of qadam.
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use super::cpu_backend;
+    #[pymodule_export]
+    use super::engine::Engine;
+    #[pymodule_export]
+    use super::quantize::{decode_blocks, dynamic_map, encode_blocks};
+    #[pymodule_export]
+    use super::tensor::check_parameter;
+    #[pymodule_export]
+    use super::{check_hyper, version};
+}
+
+/// Raises `ValueError`, naming the argument and its value, unless all are in range: `lr`, `eps` and
+/// `weight_decay` finite and at least 0, betas in [0, 1).
+#[pyfunction]
+fn check_hyper(lr: f64, beta1: f64, beta2: f64, eps: f64, weight_decay: f64) -> PyResult<()> {
+    let hyper = Hyper { lr, beta1, beta2, eps, weight_decay, ..Hyper::adam() };
+    hyper.validate().map_err(|error| error::to_python(&error))
+}
+
+/// The instruction set in use: `"scalar"`, `"avx2"` or `"avx512"`.
+///
+/// # Errors
+/// `ValueError` if `QADAM_CPU` names one that this machine does not have.
+#[pyfunction]
+fn cpu_backend() -> PyResult<&'static str> {
+    Ok(qadam_core::cpu::Backend::current().map_err(|error| error::to_python(&error))?.name())
+}
+
+/// The package's version.
+#[pyfunction]
+const fn version() -> &'static str {
+    env!("CARGO_PKG_VERSION")
+}

@@ -1,0 +1,122 @@
+//! The codec for Python: state dicts of another width are converted with these.
+
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::{PyErr, intern};
+use qadam_core::codec::block::{self, BLOCK};
+use qadam_core::codec::dynamic::{self, Sign};
+
+const fn sign(signed: bool) -> Sign {
+    if signed { Sign::Signed } else { Sign::Unsigned }
+}
+
+/// The 256 values of the dynamic map, ascending: index `code` holds the value of `code`.
+#[pyfunction]
+pub fn dynamic_map(signed: bool) -> Vec<f32> {
+    (0..=255).map(|code| dynamic::decode(code, sign(signed))).collect()
+}
+
+/// Address of a contiguous one-dimensional CPU tensor of `len` elements of `dtype`.
+fn vector(
+    name: &str,
+    tensor: &Bound<'_, PyAny>,
+    dtype: &str,
+    len: Option<usize>,
+) -> PyResult<(usize, usize)> {
+    let py = tensor.py();
+    let wrong = |what: String| -> PyErr {
+        PyTypeError::new_err(format!(
+            "{name} {what}; a contiguous CPU vector of {dtype} is accepted"
+        ))
+    };
+    let got = tensor.getattr(intern!(py, "dtype"))?;
+    if !got.is(py.import(intern!(py, "torch"))?.getattr(dtype)?) {
+        return Err(wrong(format!("has dtype {got}")));
+    }
+    let shape = tensor.getattr(intern!(py, "shape"))?;
+    let contiguous = tensor.call_method0(intern!(py, "is_contiguous"))?.is_truthy()?;
+    let on_cpu = tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()?;
+    let Ok([got]) = shape.extract::<Vec<usize>>().map(<[usize; 1]>::try_from)? else {
+        return Err(wrong(format!("has shape {shape}")));
+    };
+    if !contiguous || !on_cpu {
+        return Err(wrong("is not contiguous or not on the CPU".to_owned()));
+    }
+    if let Some(expected) = len
+        && got != expected
+    {
+        let text = format!("{name} has {got} elements, {expected} are needed");
+        return Err(PyValueError::new_err(text));
+    }
+    Ok((tensor.call_method0(intern!(py, "data_ptr"))?.extract()?, got))
+}
+
+/// A slice over memory that torch owns. An empty tensor has no address.
+///
+/// # Safety
+/// `pointer` comes from [`vector`] for a tensor of `T`, and nobody writes it for the life of the
+/// slice.
+unsafe fn slice<'a, T>(pointer: usize, len: usize) -> &'a [T] {
+    if len == 0 {
+        return &[];
+    }
+    // SAFETY: torch's allocations are aligned and initialised for their dtype.
+    unsafe { std::slice::from_raw_parts(pointer as *const T, len) }
+}
+
+/// As [`slice`], to write.
+///
+/// # Safety
+/// As [`slice`], and nobody else reads it either.
+unsafe fn slice_mut<'a, T>(pointer: usize, len: usize) -> &'a mut [T] {
+    if len == 0 {
+        return &mut [];
+    }
+    // SAFETY: as in `slice`; exclusive by contract.
+    unsafe { std::slice::from_raw_parts_mut(pointer as *mut T, len) }
+}
+
+/// Encodes `values` (float32, n) into `codes` (uint8, n) and `scales` (float32, one for each 256
+/// elements). With `signed=False` a positive value never takes the code of zero.
+#[pyfunction]
+pub fn encode_blocks(
+    values: &Bound<'_, PyAny>,
+    codes: &Bound<'_, PyAny>,
+    scales: &Bound<'_, PyAny>,
+    signed: bool,
+) -> PyResult<()> {
+    let (values, n) = vector("values", values, "float32", None)?;
+    let (codes, _) = vector("codes", codes, "uint8", Some(n))?;
+    let (scales, blocks) = vector("scales", scales, "float32", Some(n.div_ceil(BLOCK)))?;
+    // SAFETY: `vector` checked types and lengths; the GIL is held, and the three tensors have
+    // different types or, `values` and `scales`, are read and written element by element in order.
+    unsafe {
+        let (codes, scales) = (slice_mut(codes, n), slice_mut(scales, blocks));
+        block::encode_blocks(slice(values, n), sign(signed), codes, scales);
+    }
+    Ok(())
+}
+
+/// Decodes `codes` (uint8, n) with `scales` (float32, one for each 256 elements) into `values`
+/// (float32, n).
+#[pyfunction]
+pub fn decode_blocks(
+    codes: &Bound<'_, PyAny>,
+    scales: &Bound<'_, PyAny>,
+    values: &Bound<'_, PyAny>,
+    signed: bool,
+) -> PyResult<()> {
+    let (codes, n) = vector("codes", codes, "uint8", None)?;
+    let (scales, blocks) = vector("scales", scales, "float32", Some(n.div_ceil(BLOCK)))?;
+    let (values, _) = vector("values", values, "float32", Some(n))?;
+    // SAFETY: as in `encode_blocks`.
+    unsafe {
+        block::decode_blocks(
+            slice(codes, n),
+            slice(scales, blocks),
+            sign(signed),
+            slice_mut(values, n),
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,135 @@
+//! What the core must know of a torch tensor: address, type, shape and strides.
+
+use pyo3::exceptions::{PyNotImplementedError, PyTypeError, PyValueError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyTuple;
+use qadam_core::{DType, check_distinct};
+
+/// Objects of the torch module, looked up once.
+pub struct Torch {
+    strided: Py<PyAny>,
+    dtypes: [(Py<PyAny>, DType); 3],
+    pub float32: Py<PyAny>,
+    pub uint8: Py<PyAny>,
+}
+
+impl Torch {
+    pub fn get(py: Python<'_>) -> PyResult<&'static Self> {
+        static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
+        TORCH.get_or_try_init(py, || {
+            let torch = py.import("torch")?;
+            let get = |name: &str| torch.getattr(name).map(Bound::unbind);
+            let dtype = |dtype: DType| Ok::<_, PyErr>((get(dtype.name())?, dtype));
+            let dtypes = [dtype(DType::F32)?, dtype(DType::BF16)?, dtype(DType::F16)?];
+            let (float32, uint8) = (get("float32")?, get("uint8")?);
+            Ok(Self { strided: get("strided")?, dtypes, float32, uint8 })
+        })
+    }
+
+    /// The core's name for a torch dtype, if it has one.
+    pub fn dtype(&self, object: &Bound<'_, PyAny>) -> Option<DType> {
+        self.dtypes.iter().find(|(known, _)| known.is(object)).map(|&(_, dtype)| dtype)
+    }
+}
+
+/// A dense CPU tensor of a supported type.
+pub struct Tensor<'py> {
+    pub object: Bound<'py, PyAny>,
+    pub dtype: DType,
+    pub pointer: usize,
+    pub shape: Bound<'py, PyTuple>,
+    pub strides: Bound<'py, PyTuple>,
+}
+
+/// Why a tensor will not do.
+pub struct Refusal {
+    kind: Kind,
+    reason: String,
+}
+
+enum Kind {
+    Type,
+    Value,
+    Later,
+}
+
+impl Refusal {
+    /// The exception, with `subject` before the reason.
+    pub fn to_python(&self, subject: &str) -> PyErr {
+        let text = format!("{subject} {}", self.reason);
+        match self.kind {
+            Kind::Type => PyTypeError::new_err(text),
+            Kind::Value => PyValueError::new_err(text),
+            Kind::Later => PyNotImplementedError::new_err(text),
+        }
+    }
+}
+
+impl<'py> Tensor<'py> {
+    /// Reads `object`; the inner result says why it is refused.
+    pub fn read(object: &Bound<'py, PyAny>) -> PyResult<Result<Self, Refusal>> {
+        let py = object.py();
+        let torch = Torch::get(py)?;
+        let refuse = |kind, reason| Ok(Err(Refusal { kind, reason }));
+        let layout = object.getattr(intern!(py, "layout"))?;
+        if !layout.is(&torch.strided) {
+            return refuse(Kind::Type, format!("has layout {layout}; torch.strided is accepted"));
+        }
+        if !object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+            let device = object.getattr(intern!(py, "device"))?;
+            let kind = if object.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
+                Kind::Later
+            } else {
+                Kind::Value
+            };
+            return refuse(kind, format!("is on {device}; this version of qadam accepts cpu"));
+        }
+        let dtype = object.getattr(intern!(py, "dtype"))?;
+        let Some(dtype) = torch.dtype(&dtype) else {
+            return refuse(Kind::Type, format!("has dtype {dtype}; {} are accepted", DType::NAMES));
+        };
+        let mut object = object.clone();
+        if object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
+            // a lazily negated view: its memory holds the opposite values
+            object = object.call_method0(intern!(py, "resolve_neg"))?;
+        }
+        let shape = object.getattr(intern!(py, "shape"))?.cast_into::<PyTuple>()?;
+        let strides = object.call_method0(intern!(py, "stride"))?.cast_into::<PyTuple>()?;
+        let pointer: usize = object.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        if !pointer.is_multiple_of(dtype.size()) {
+            let reason = format!("lies at address {pointer:#x}, which is not aligned to its dtype");
+            return refuse(Kind::Value, reason);
+        }
+        if pointer == 0 && numel(&shape)? > 0 {
+            return refuse(Kind::Value, "has no memory of its own".to_owned());
+        }
+        Ok(Ok(Self { object, dtype, pointer, shape, strides }))
+    }
+
+    /// The address of a tensor that was read before.
+    pub fn pointer_of(object: &Bound<'py, PyAny>) -> PyResult<usize> {
+        object.call_method0(intern!(object.py(), "data_ptr"))?.extract()
+    }
+
+    /// Shape and strides as vectors.
+    pub fn geometry(&self) -> PyResult<(Vec<usize>, Vec<isize>)> {
+        Ok((self.shape.extract()?, self.strides.extract()?))
+    }
+}
+
+fn numel(shape: &Bound<'_, PyTuple>) -> PyResult<usize> {
+    Ok(shape.extract::<Vec<usize>>()?.into_iter().product())
+}
+
+/// Raises unless `param` can be optimized: `TypeError` for its layout or dtype, `ValueError` for
+/// its device or for elements that share an address, `NotImplementedError` for a CUDA tensor.
+/// `subject` begins the message.
+#[pyfunction]
+pub fn check_parameter(param: &Bound<'_, PyAny>, subject: &str) -> PyResult<()> {
+    let tensor = Tensor::read(param)?.map_err(|refusal| refusal.to_python(subject))?;
+    let (shape, strides) = tensor.geometry()?;
+    check_distinct(&shape, &strides)
+        .map_err(|error| PyValueError::new_err(format!("{subject} cannot be updated: {error}")))
+}

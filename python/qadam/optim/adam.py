@@ -1,0 +1,117 @@
+"""Adam, at 32 and at 8 bits, paged and not."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from qadam.optim.base import QAdam
+
+
+class Adam(QAdam):
+    """Adam, with weight decay coupled as L2 regularisation.
+
+    For each parameter ``p`` with gradient ``g``, in f32 and element by element (Kingma and
+    Ba, *Adam: A Method for Stochastic Optimization*, 2015; ``torch.optim.Adam``)::
+
+        t   = t + 1
+        g   = g + weight_decay * p
+        m   = beta1 * m + (1 - beta1) * g
+        v   = beta2 * v + (1 - beta2) * g * g
+        p   = p - lr / (1 - beta1**t) * m / (sqrt(v / (1 - beta2**t)) + eps)
+
+    The state of a parameter takes 8 bytes an element at 32 bits and 2.03 at 8 bits, where ``m`` and
+    ``v`` are codes of bitsandbytes' dynamic map with a scale for each 256 elements. Parameters and
+    gradients are float32, bfloat16 or float16, in any pairing, of any shape and strides; the
+    arithmetic and the moments are float32 whatever they are.
+
+    Args:
+        params: parameters, or groups of them with their own ``lr``, ``betas``, ``eps`` and
+            ``weight_decay``, as for any ``torch.optim.Optimizer``.
+        lr: learning rate, at least 0.
+        betas: decay rates of the two moments, each at least 0 and less than 1.
+        eps: added to the denominator, at least 0.
+        weight_decay: weight decay added to the gradient, at least 0 (as ``torch.optim.Adam``;
+            ``bitsandbytes.optim.Adam`` decouples it: for that use AdamW).
+        amsgrad: not implemented yet.
+        optim_bits: 32 or 8, the width of the state. Where the class's name says it, the default
+            stands for that width and any other contradiction is an error.
+        args: not implemented yet.
+        min_8bit_size: parameters of fewer elements keep 32-bit state.
+        percentile_clipping: 100, which is no clipping; less is not implemented yet.
+        block_wise: True, one scale for each 256 elements; False is not implemented yet.
+        is_paged: not implemented yet.
+        nonfinite: what happens where a gradient is NaN or infinite. ``"skip"`` leaves that element
+            of the parameter and of the state as it is, counts it in ``nonfinite_count`` and warns
+            the first time. ``"propagate"`` does as torch: the parameter becomes NaN. ``"raise"``
+            raises a ``RuntimeError`` before anything is written.
+
+    Raises:
+        ValueError: for a value out of range, naming the argument, the value and what is accepted.
+        NotImplementedError: for what is not implemented yet.
+    """
+
+    _decoupled = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: object = None,
+        min_8bit_size: int = 4096,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+        is_paged: bool = False,
+        *,
+        nonfinite: str = "skip",
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            optim_bits=optim_bits,
+            args=args,
+            min_8bit_size=min_8bit_size,
+            percentile_clipping=percentile_clipping,
+            block_wise=block_wise,
+            is_paged=is_paged,
+            nonfinite=nonfinite,
+        )
+
+
+class Adam8bit(Adam):
+    """:class:`Adam` with 8-bit state."""
+
+    _class_bits = 8
+
+
+class Adam32bit(Adam):
+    """:class:`Adam` with 32-bit state."""
+
+    _class_bits = 32
+
+
+class PagedAdam(Adam):
+    """:class:`Adam` with paged state: not implemented yet."""
+
+    _class_paged = True
+
+
+class PagedAdam8bit(Adam8bit):
+    """:class:`Adam8bit` with paged state: not implemented yet."""
+
+    _class_paged = True
+
+
+class PagedAdam32bit(Adam32bit):
+    """:class:`Adam32bit` with paged state: not implemented yet."""
+
+    _class_paged = True

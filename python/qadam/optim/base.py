@@ -1,0 +1,285 @@
+"""What the twelve optimizers share: torch's interface on one side, the Rust engine on the other."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from qadam import _core
+from qadam import state as qstate
+
+Group = dict[str, Any]
+
+
+class QAdam(Optimizer):
+    """Base of the Adam family; use one of its subclasses."""
+
+    _decoupled: ClassVar[bool]
+    """Whether weight decay is AdamW's."""
+    _class_bits: ClassVar[int | None] = None
+    """The state's width, where the class's name says it."""
+    _class_paged: ClassVar[bool] = False
+    """Whether the class's name says that state is paged."""
+
+    nonfinite_count: int
+    """How many elements had a NaN or infinite gradient, in all steps so far."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        amsgrad: bool,
+        optim_bits: int,
+        args: object,
+        min_8bit_size: int,
+        percentile_clipping: int,
+        block_wise: bool,
+        is_paged: bool,
+        nonfinite: str,
+    ) -> None:
+        self._bits = self._resolve_bits(optim_bits)
+        self._min_8bit_size = _whole("min_8bit_size", min_8bit_size, 0, None)
+        _whole("percentile_clipping", percentile_clipping, 1, 100)
+        self._refuse_later(
+            ("amsgrad", amsgrad, bool(amsgrad)),
+            ("args", args, args is not None),
+            ("percentile_clipping", percentile_clipping, percentile_clipping < 100),
+            ("block_wise", block_wise, not block_wise),
+            ("is_paged", True, is_paged or self._class_paged),
+        )
+        self._nonfinite = nonfinite
+        self._engine = _core.Engine(self._decoupled, nonfinite)
+        self.nonfinite_count = 0
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+
+    def _resolve_bits(self, optim_bits: int) -> int:
+        if optim_bits not in (8, 32):
+            msg = f"optim_bits must be 32 or 8, got {optim_bits!r}"
+            raise ValueError(msg)
+        if self._class_bits is None:
+            return optim_bits
+        # 32 is the signature's default, which every class shares: it contradicts no name
+        if optim_bits not in (32, self._class_bits):
+            name = type(self).__name__
+            msg = f"{name} keeps {self._class_bits}-bit state, got optim_bits={optim_bits}"
+            raise ValueError(msg)
+        return self._class_bits
+
+    def _refuse_later(self, *options: tuple[str, object, bool]) -> None:
+        for name, value, asked in options:
+            if asked:
+                msg = f"{type(self).__name__}: {name}={value!r} is not implemented yet"
+                raise NotImplementedError(msg)
+
+    # Parameter groups.
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group, as ``torch.optim.Optimizer`` does, after checking all of it.
+
+        Raises:
+            ValueError: for a hyperparameter out of range, a parameter given twice, or a parameter
+                whose elements share addresses (expanded, overlapping).
+            TypeError: for a parameter that is not a dense float32, bfloat16 or float16 tensor.
+            NotImplementedError: for a CUDA parameter, or an option that is not there yet.
+        """
+        if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
+            param_group["params"] = list(param_group["params"])
+            ids = [id(p[1] if isinstance(p, tuple) else p) for p in param_group["params"]]
+            for position, parameter in enumerate(ids):
+                if parameter in ids[:position]:
+                    first = ids.index(parameter)
+                    msg = (
+                        f"the parameter at position {position} is the one at {first}: give it once"
+                    )
+                    raise ValueError(msg)
+        super().add_param_group(param_group)
+        group, number = self.param_groups[-1], len(self.param_groups) - 1
+        try:
+            self._check_group(group)
+            before = sum(len(g["params"]) for g in self.param_groups[:-1])
+            for position, param in enumerate(group["params"]):
+                place = f"group {number}, position {position}"
+                looks = f"shape {tuple(param.shape)}, dtype {param.dtype}"
+                subject = f"parameter {before + position} ({place}, {looks})"
+                _core.check_parameter(param, subject)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: Group) -> None:
+        """Checks the hyperparameters of a group, its own or from a state dict."""
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            msg = f"betas must be two numbers of at least 0 and less than 1, got {betas!r}"
+            raise ValueError(msg)
+        numbers = [group["lr"], *betas, group["eps"], group["weight_decay"]]
+        names = ["lr", "betas[0]", "betas[1]", "eps", "weight_decay"]
+        for name, number in zip(names, numbers, strict=True):
+            if isinstance(number, Tensor) and number.numel() != 1:
+                msg = f"{name} must be a number, got a tensor of shape {tuple(number.shape)}"
+                raise ValueError(msg)
+            try:
+                float(number)
+            except (TypeError, ValueError):
+                msg = f"{name} must be a number, got {number!r}"
+                raise TypeError(msg) from None
+        _core.check_hyper(*map(float, numbers))
+        # These would change the update. What else torch's groups hold (foreach, fused, capturable)
+        # says how to compute it, which is for this package to decide.
+        options = ("amsgrad", "maximize", "differentiable")
+        self._refuse_later(*((name, True, bool(group.get(name))) for name in options))
+        overrides = ("optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged")
+        self._refuse_later(*((name, group.get(name), name in group) for name in overrides))
+
+    # The step.
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model with gradients enabled and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            TypeError: for a gradient that is not a dense float32, bfloat16 or float16 tensor.
+            ValueError: for a gradient of another shape or device than its parameter's.
+            RuntimeError: for a gradient that is not finite, with ``nonfinite="raise"``.
+
+            All are raised before any parameter or state is written.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        threads = torch.get_num_threads()
+        count = self._engine.step(self.param_groups, self.state, self._make_state, threads)
+        if count:
+            self._report_nonfinite(count)
+        return loss
+
+    def _report_nonfinite(self, count: int) -> None:
+        if self.nonfinite_count == 0 and self._nonfinite == "skip":
+            warnings.warn(
+                f"{count} gradient elements are NaN or infinite; their parameters and state are "
+                'left as they are (nonfinite="skip"). Further ones are counted in '
+                "optimizer.nonfinite_count without a warning.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        self.nonfinite_count += count
+
+    def _make_state(self, params: list[Tensor]) -> None:
+        """Gives each of ``params`` state that fits it; called by the engine."""
+        made = {}
+        for param in params:
+            entry = self.state.get(param)
+            if entry:
+                where = f"a parameter of shape {tuple(param.shape)}"
+                made[param] = qstate.fit(entry, param, qstate.bits(entry), where)
+            else:
+                made[param] = qstate.zeros(param, self._bits_for(param))
+        self.state.update(made)
+
+    def _bits_for(self, param: Tensor) -> int:
+        return 8 if self._bits == 8 and param.numel() >= self._min_8bit_size else 32
+
+    # Saving and loading.
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` of any qadam Adam, or of ``torch.optim``'s, returned.
+
+        State is converted to this optimizer's width; at the same width it is taken over bit for
+        bit. Hyperparameters are those of ``state_dict``.
+
+        Args:
+            state_dict: the saved state; it is not changed, and shares nothing with the optimizer.
+
+        Raises:
+            ValueError: for another number of groups or parameters, or for state that does not fit;
+                the message names the parameter and the key. The optimizer is then as it was.
+            NotImplementedError: for options that are not there yet.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+
+        groups = deepcopy([{**g, "params": list(g["params"])} for g in state_dict["param_groups"]])
+        if len(groups) != len(self.param_groups):
+            got, want = len(groups), len(self.param_groups)
+            msg = f"the state dict has {got} parameter groups, the optimizer has {want}"
+            raise ValueError(msg)
+        by_key: dict[Any, tuple[int, Tensor]] = {}
+        for number, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
+            keys, params = group["params"], own["params"]
+            if len(keys) != len(params):
+                sizes = f"{len(keys)} parameters, the optimizer's has {len(params)}"
+                msg = f"group {number} of the state dict has {sizes}"
+                raise ValueError(msg)
+            for key, param in zip(keys, params, strict=True):
+                by_key[key] = (len(by_key), param)
+            group["params"] = params
+            if "param_names" in own:
+                group.setdefault("param_names", own["param_names"])
+            self._check_group(group)
+
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for key, entry in state_dict["state"].items():
+            if key in by_key:
+                index, param = by_key[key]
+                bits = self._bits_for(param)
+                if entry:
+                    state[param] = qstate.fit(entry, param, bits, f"parameter {index}")
+            else:
+                state[key] = deepcopy(entry)
+        self.__setstate__({"state": state, "param_groups": groups})
+
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_bits", "_min_8bit_size", "_nonfinite", "nonfinite_count")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # the engine holds addresses: it never travels
+        self._engine = _core.Engine(self._decoupled, self._nonfinite)
+
+    def __repr__(self) -> str:
+        width = "32-bit"
+        if self._bits == 8:
+            width = f"8-bit, 32-bit for tensors of less than {self._min_8bit_size} elements"
+        return f'{super().__repr__()[:-1]}State: {width}\nnonfinite: "{self._nonfinite}"\n)'
+
+
+def _whole(name: str, value: int, low: int, high: int | None) -> int:
+    """``value`` if it is a whole number in range."""
+    top = "" if high is None else f" and at most {high}"
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        pass
+    elif high is None or value <= high:
+        return value
+    msg = f"{name} must be a whole number of at least {low}{top}, got {value!r}"
+    raise ValueError(msg)

@@ -1,0 +1,179 @@
+"""What ``optimizer.state[p]`` holds, at 32 and at 8 bits, and how one becomes the other.
+
+32 bits, under torch's names, each of the parameter's shape: ``exp_avg`` and ``exp_avg_sq``
+(float32).
+
+8 bits: ``exp_avg_code`` and ``exp_avg_sq_code`` (uint8, the parameter's shape), ``exp_avg_scale``
+and ``exp_avg_sq_scale`` (float32, one for each block of 256 elements), and ``memory_order``, the
+dimensions of more than one element from the outermost to the innermost in memory: blocks are
+consecutive in that order. It is written down because strides do not survive every serializer.
+
+Both: ``step`` (float32, no dimensions), how many updates the parameter has had.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qadam import _core
+
+BLOCK = 256
+"""Elements that share a scale."""
+
+MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))
+"""The moments' names, and whether they have a sign."""
+
+Entry = dict[str, Any]
+"""One parameter's state."""
+
+
+def memory_order(param: Tensor) -> tuple[int, ...]:
+    """Dimensions of more than one element, by descending stride."""
+    dims = [d for d in range(param.dim()) if param.shape[d] > 1]
+    return tuple(sorted(dims, key=lambda d: param.stride(d), reverse=True))
+
+
+def zeros(param: Tensor, bits: int) -> Entry:
+    """State before the first step, 32 or 8 ``bits`` wide."""
+    step = torch.zeros((), dtype=torch.float32)
+    if bits == 32:
+        return {
+            "step": step,
+            "exp_avg": _dense_like(param, torch.float32).zero_(),
+            "exp_avg_sq": _dense_like(param, torch.float32).zero_(),
+        }
+    entry: Entry = {"step": step, "memory_order": memory_order(param)}
+    blocks = -(-param.numel() // BLOCK)
+    for name, signed in MOMENTS:
+        code_of_zero = 127 if signed else 0
+        entry[f"{name}_code"] = _dense_like(param, torch.uint8).fill_(code_of_zero)
+        entry[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
+    return entry
+
+
+def bits(entry: Entry) -> int:
+    """How wide the moments of ``entry`` are."""
+    return 8 if "exp_avg_code" in entry else 32
+
+
+def fit(entry: Entry, param: Tensor, bits: int, where: str) -> Entry:
+    """A copy of ``entry`` for ``param``, ``bits`` wide and in its memory order.
+
+    The copy is exact wherever width and order are those of ``entry`` already.
+
+    Args:
+        entry: state of a parameter of the same shape, of any width and memory order.
+        param: the parameter that the state is for.
+        bits: 32 or 8.
+        where: what messages call the parameter.
+
+    Raises:
+        ValueError: if a key is missing, or a tensor has another shape or dtype, or a scale is
+            negative or not finite; the message names the key.
+        NotImplementedError: for state of AMSGrad.
+    """
+    if "max_exp_avg_sq" in entry:
+        msg = f"{where} has state of AMSGrad (max_exp_avg_sq), which qadam does not support yet"
+        raise NotImplementedError(msg)
+    step = torch.as_tensor(_get(entry, "step", where), dtype=torch.float32, device="cpu")
+    if step.numel() != 1 or not step.isfinite().all() or step < 0:
+        msg = f"{where}: 'step' is {step}; one finite number of at least 0 is accepted"
+        raise ValueError(msg)
+    fitted: Entry = {"step": step.reshape(()).clone()}
+    if bits == 8:
+        fitted["memory_order"] = memory_order(param)
+    for name, signed in MOMENTS:
+        if f"{name}_code" in entry:
+            codes, scales = _read_codes(entry, name, param, where)
+            order = tuple(entry.get("memory_order", range(param.dim())))
+            if bits == 8 and _orders_alike(order, param):
+                fitted[f"{name}_code"] = _dense_like(param, torch.uint8).copy_(codes)
+                fitted[f"{name}_scale"] = scales.clone()
+                continue
+            values = _decode(codes, scales, order, signed)
+        else:
+            values = _read_values(entry, name, param, where)
+        values = _dense_like(param, torch.float32).copy_(values)
+        if bits == 32:
+            fitted[name] = values
+        else:
+            fitted[f"{name}_code"], fitted[f"{name}_scale"] = _encode(values, param, signed)
+    return fitted
+
+
+def _dense_like(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised, without gaps, in the parameter's memory order."""
+    return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+
+
+def _get(entry: Entry, key: str, where: str) -> Any:  # noqa: ANN401 - any kind of value
+    try:
+        return entry[key]
+    except KeyError:
+        msg = f"{where}: the state has no {key!r}, only {sorted(entry)}"
+        raise ValueError(msg) from None
+
+
+def _read_values(entry: Entry, name: str, param: Tensor, where: str) -> Tensor:
+    values = _get(entry, name, where)
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        got = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        msg = f"{where}: {name!r} is {got}; a floating-point tensor is accepted"
+        raise ValueError(msg)
+    return _of_shape(values, param.shape, name, where)
+
+
+def _read_codes(entry: Entry, name: str, param: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    codes, scales = _get(entry, f"{name}_code", where), _get(entry, f"{name}_scale", where)
+    for key, value, dtype in (("code", codes, torch.uint8), ("scale", scales, torch.float32)):
+        if not isinstance(value, Tensor) or value.dtype != dtype:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            msg = f"{where}: '{name}_{key}' is {got}; a tensor of {dtype} is accepted"
+            raise ValueError(msg)
+    codes = _of_shape(codes, param.shape, f"{name}_code", where)
+    blocks = torch.Size([-(-param.numel() // BLOCK)])
+    scales = _of_shape(scales, blocks, f"{name}_scale", where)
+    bad = ~(scales.isfinite() & (scales >= 0))
+    if bad.any():
+        value = scales[bad][0].item()
+        msg = f"{where}: '{name}_scale' holds {value}; finite numbers of at least 0 are accepted"
+        raise ValueError(msg)
+    return codes, scales
+
+
+def _of_shape(tensor: Tensor, shape: torch.Size, key: str, where: str) -> Tensor:
+    if tensor.shape != shape:
+        msg = f"{where}: {key!r} has shape {tuple(tensor.shape)}; {tuple(shape)} is accepted"
+        raise ValueError(msg)
+    return tensor.detach().to("cpu")
+
+
+def _orders_alike(order: tuple[int, ...], param: Tensor) -> bool:
+    return tuple(d for d in order if param.shape[d] > 1) == memory_order(param)
+
+
+def _decode(codes: Tensor, scales: Tensor, order: tuple[int, ...], signed: bool) -> Tensor:
+    """Values of the codes' shape, whose blocks are consecutive in ``order``."""
+    # dimensions of one element do not matter; they go last
+    permutation = [*order, *(d for d in range(codes.dim()) if d not in order)]
+    ordered = codes.permute(permutation).contiguous()
+    values = torch.empty(ordered.shape, dtype=torch.float32)
+    _core.decode_blocks(ordered.view(-1), scales.contiguous(), values.view(-1), signed)
+    inverse = [permutation.index(d) for d in range(codes.dim())]
+    return values.permute(inverse)
+
+
+def _encode(values: Tensor, param: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes and scales of values that are dense in the parameter's memory order."""
+    codes = _dense_like(param, torch.uint8)
+    scales = torch.empty(-(-param.numel() // BLOCK), dtype=torch.float32)
+    _core.encode_blocks(_in_memory(values), _in_memory(codes), scales, signed)
+    return codes, scales
+
+
+def _in_memory(dense: Tensor) -> Tensor:
+    """The elements of a tensor without gaps, as they follow each other in memory."""
+    return dense.as_strided((dense.numel(),), (1,))
