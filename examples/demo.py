@@ -29,7 +29,7 @@ from stdlib_text import Text, load
 from train_gpt import Diverged, Run, TrainConfig, resolve, train
 
 matplotlib.use("Agg")  # a file is written and no window opened, so no display is needed
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 # The first one is what the others are compared with.
 OPTIMIZERS = (
@@ -55,7 +55,7 @@ def difference_percent(run: Run, baseline: Run) -> float:
 def table(runs: list[Run]) -> str:
     """The runs as aligned text, one a line."""
     header = ("optimizer", "validation loss", "difference", "state bytes/param", "step ms")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     rows += [
         (
             run.optimizer,
@@ -112,8 +112,7 @@ def report(runs: list[Run], config: TrainConfig, text: Text) -> dict[str, Any]:
         "machine": machine(),
         "config": {**asdict(config), "corpus_sha256": text.digest},
         "runs": [
-            {**asdict(run), "difference_percent": difference_percent(run, runs[0])}
-            for run in runs
+            {**asdict(run), "difference_percent": difference_percent(run, runs[0])} for run in runs
         ],
     }
 
@@ -156,6 +155,7 @@ def plot(runs: list[Run], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Trains with each optimizer, then prints, writes and plots what came of it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -182,9 +182,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"diverged: {error}", file=sys.stderr)
             return 1
 
-    (args.out / "report.json").write_text(
-        json.dumps(report(runs, config, text), indent=2) + "\n"
-    )
+    (args.out / "report.json").write_text(json.dumps(report(runs, config, text), indent=2) + "\n")
     plot(runs, args.out / "loss.png")
 
     print(f"\n{table(runs)}\n")

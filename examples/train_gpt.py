@@ -122,7 +122,9 @@ def validation_windows(data: Tensor, count: int, context: int) -> Tensor:
 @torch.no_grad()
 def evaluate(model: GPT, data: Tensor) -> float:
     """The mean loss over all windows in ``data``."""
-    total = sum(model.loss(part).item() * len(part) for part in data.split(32))
+    total = 0.0
+    for part in torch.split(data, 32):
+        total += model.loss(part).item() * len(part)
     return total / len(data)
 
 
@@ -159,15 +161,13 @@ def train(spec: str, config: TrainConfig, text: Text) -> Run:
     evaluate_every = max(1, config.steps // config.evaluations)
     with tqdm(total=config.steps, desc=spec, unit="step", mininterval=0.5) as bar:
         for step in range(1, config.steps + 1):
-            starts = torch.randint(
-                len(text.train) - context, (config.batch,), generator=batches
-            )
+            starts = torch.randint(len(text.train) - context, (config.batch,), generator=batches)
             loss = model.loss(windows(text.train, starts, context))
             if not math.isfinite(loss.item()):
                 raise Diverged(f"{spec}: the training loss is {loss.item()} at step {step}")
 
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             before = time.perf_counter()
             optimizer.step()
@@ -195,6 +195,7 @@ def train(spec: str, config: TrainConfig, text: Text) -> Run:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains once and prints the outcome."""
     defaults = TrainConfig()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -106,10 +106,11 @@ def test_32_bits_is_as_near_to_float64_as_torch(p_dtype, g_dtype, name, weight_d
             reference.step(g)
             largest = torch.maximum(largest, reference.p.abs())
 
-        # Element by element: in float16 torch's state underflows and its parameters turn NaN;
-        # it is measured by the others.
+        # In float16 torch's state under- and overflows, and many of its parameters turn NaN or
+        # infinite: it is measured by the others.
         error = (ours.detach().double() - reference.p).abs().flatten(1)
-        torchs = (theirs.detach().double() - reference.p).abs().flatten(1).nan_to_num(0.0)
+        torchs = (theirs.detach().double() - reference.p).abs().flatten(1)
+        torchs = torchs.nan_to_num(nan=0.0, posinf=0.0)
         figures = f"seed {seed}, largest errors at parameter scales {P_SCALES.tolist()}: qadam "
         figures += f"{error.amax(1).tolist()}, torch {torchs.amax(1).tolist()}"
         assert (error.amax(1) <= 1.2 * torchs.amax(1)).all(), figures

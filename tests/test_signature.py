@@ -138,7 +138,7 @@ GROUP_LATER = {
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize(("option", "value"), GROUP_LATER.items())
+@pytest.mark.parametrize(("option", "value"), list(GROUP_LATER.items()))
 def test_options_of_a_group_are_never_ignored(cls, option, value):
     group = {"params": one(), option: value}
     with pytest.raises(NotImplementedError, match=option):
@@ -147,6 +147,20 @@ def test_options_of_a_group_are_never_ignored(cls, option, value):
     before = frozen(optimizer)
     with pytest.raises(NotImplementedError, match=option):
         optimizer.add_param_group({"params": one(), option: value})
+    assert frozen(optimizer) == before
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize", "differentiable"])
+def test_torchs_options_set_in_a_group_between_steps_are_never_ignored(option):
+    """torch obeys them from the next step on."""
+    params = one()
+    optimizer = qadam.AdamW(params)
+    params[0].grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0][option] = True
+    before = frozen(optimizer)
+    with pytest.raises(NotImplementedError, match=option):
+        optimizer.step()
     assert frozen(optimizer) == before
 
 

@@ -116,7 +116,7 @@ def test_torch_loads_our_32_bit_state_as_it_is_and_continues_like_us(cls, option
     a, mine = stepped(cls, (7,), (3, 5), (), steps=5, lr=0.03, weight_decay=0.1)
     theirs = copied(mine)
     b = TORCH[cls](theirs, **options)
-    b.load_state_dict(a.state_dict())
+    b.load_state_dict(copy.deepcopy(a.state_dict()))  # torch keeps the very tensors it is given
     assert b.param_groups[0]["lr"] == 0.03
     for p, q in zip(mine, theirs, strict=True):
         for key, value in a.state[p].items():
@@ -356,10 +356,21 @@ def test_a_damaged_dict_is_refused_by_key_and_the_optimizer_is_as_before(bits, d
 # Memory order.
 
 SHAPE = (4, 3, 5, 6)
+
+
+def turned(t):
+    return t.permute(3, 2, 1, 0)
+
+
+def padded(t):
+    return torch.zeros(*t.shape[:-1], 2 * t.shape[-1] + 1)[..., 1::2].copy_(t)
+
+
 LAYOUTS = {
     "contiguous": lambda t: t.contiguous(),
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda t: t.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "transposed": lambda t: turned(turned(t).contiguous()),
+    "gaps": lambda t: turned(padded(turned(t))),
     "rolled": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
 }
 

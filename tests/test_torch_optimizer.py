@@ -101,7 +101,7 @@ BAD_GROUPS = {
 }
 
 
-@pytest.mark.parametrize("make", BAD_GROUPS.values(), ids=BAD_GROUPS.keys())
+@pytest.mark.parametrize("make", list(BAD_GROUPS.values()), ids=list(BAD_GROUPS.keys()))
 def test_a_failing_add_param_group_leaves_the_optimizer_as_it_was(make):
     mine, theirs = twins((7,), (3, 5))
     a, b = qadam.AdamW(mine), qadam.AdamW(theirs)
@@ -206,7 +206,9 @@ def test_every_scheduler_of_torch_is_tried():
 def test_schedulers_drive_it_as_they_drive_torchs(name, tensor_lr):
     mine, theirs = twins((7,), (3, 5))
     lr = (lambda: torch.tensor(0.05)) if tensor_lr else (lambda: 0.05)
-    groups = [[{"params": p[:1], "lr": lr()}, {"params": p[1:], "lr": lr()}] for p in (mine, theirs)]
+    groups = [
+        [{"params": p[:1], "lr": lr()}, {"params": p[1:], "lr": lr()}] for p in (mine, theirs)
+    ]
     a, b = qadam.AdamW(groups[0]), torch.optim.AdamW(groups[1])
     schedules = SCHEDULERS[name](a), SCHEDULERS[name](b)
     seen = set()
@@ -428,7 +430,9 @@ def copies(optimizer):
     }
 
 
-@pytest.mark.parametrize("cls", [qadam.Adam32bit, qadam.AdamW32bit, qadam.Adam8bit, qadam.AdamW8bit])
+@pytest.mark.parametrize(
+    "cls", [qadam.Adam32bit, qadam.AdamW32bit, qadam.Adam8bit, qadam.AdamW8bit]
+)
 @pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
 def test_a_copy_goes_on_alike_and_alone(cls, how):
     optimizer = cls(twins(*MIXED)[0], lr=0.01, nonfinite="propagate")
@@ -518,7 +522,9 @@ def through_a_file(state_dict):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("cls", [qadam.Adam32bit, qadam.AdamW32bit, qadam.Adam8bit, qadam.AdamW8bit])
+@pytest.mark.parametrize(
+    "cls", [qadam.Adam32bit, qadam.AdamW32bit, qadam.Adam8bit, qadam.AdamW8bit]
+)
 def test_resume_is_bit_exact(cls):
     mine, theirs = twins(*MIXED)
     a = cls(mine, lr=0.01, weight_decay=0.1)
@@ -660,6 +666,29 @@ def test_a_model_learns(make, dtype):
         losses.append(loss.item())
     assert losses[0] > 3
     assert losses[-1] < 0.3
+
+
+def test_optimizers_may_step_in_backward_hooks():
+    """One optimizer a parameter, stepped as soon as its gradient is there."""
+    torch.manual_seed(0)
+    models = [nn.Linear(30, 20) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    together = qadam.AdamW(models[1].parameters())
+    own = {p: qadam.AdamW([p]) for p in models[0].parameters()}
+
+    def hook(p):
+        own[p].step()
+        own[p].zero_grad()
+
+    for p in own:
+        p.register_post_accumulate_grad_hook(hook)
+    for step in range(3):
+        x = torch.full((4, 30), 1.0 + step)
+        for model in models:
+            (model(x) ** 2).mean().backward()
+        together.step()
+        together.zero_grad()
+    assert all(map(same_bits, models[0].parameters(), models[1].parameters()))
 
 
 def test_a_step_counts_as_an_in_place_write_for_autograd():

@@ -13,6 +13,7 @@ Both: ``step`` (float32, no dimensions), how many updates the parameter has had.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -75,21 +76,22 @@ def fit(entry: Entry, param: Tensor, bits: int, where: str) -> Entry:
             negative or not finite; the message names the key.
         NotImplementedError: for state of AMSGrad.
     """
+    if not isinstance(entry, dict):
+        msg = f"{where}: the state is {type(entry).__name__}; a dict is accepted"
+        raise ValueError(msg)
     if "max_exp_avg_sq" in entry:
         msg = f"{where} has state of AMSGrad (max_exp_avg_sq), which qadam does not support yet"
         raise NotImplementedError(msg)
-    step = torch.as_tensor(_get(entry, "step", where), dtype=torch.float32, device="cpu")
-    if step.numel() != 1 or not step.isfinite().all() or step < 0:
-        msg = f"{where}: 'step' is {step}; one finite number of at least 0 is accepted"
-        raise ValueError(msg)
-    fitted: Entry = {"step": step.reshape(()).clone()}
+    is_coded = any(f"{name}_{part}" in entry for name, _ in MOMENTS for part in ("code", "scale"))
+    order = _read_order(entry, param, where) if is_coded else ()
+    fitted: Entry = {k: deepcopy(v) for k, v in entry.items() if k not in _KEYS}
+    fitted["step"] = _read_step(entry, where)
     if bits == 8:
         fitted["memory_order"] = memory_order(param)
     for name, signed in MOMENTS:
-        if f"{name}_code" in entry:
+        if is_coded:
             codes, scales = _read_codes(entry, name, param, where)
-            order = tuple(entry.get("memory_order", range(param.dim())))
-            if bits == 8 and _orders_alike(order, param):
+            if bits == 8 and order == memory_order(param):
                 fitted[f"{name}_code"] = _dense_like(param, torch.uint8).copy_(codes)
                 fitted[f"{name}_scale"] = scales.clone()
                 continue
@@ -104,6 +106,11 @@ def fit(entry: Entry, param: Tensor, bits: int, where: str) -> Entry:
     return fitted
 
 
+_KEYS = {"step", "memory_order"} | {
+    name + part for name, _ in MOMENTS for part in ("", "_code", "_scale")
+}
+
+
 def _dense_like(param: Tensor, dtype: torch.dtype) -> Tensor:
     """Uninitialised, without gaps, in the parameter's memory order."""
     return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
@@ -115,6 +122,29 @@ def _get(entry: Entry, key: str, where: str) -> Any:  # noqa: ANN401 - any kind 
     except KeyError:
         msg = f"{where}: the state has no {key!r}, only {sorted(entry)}"
         raise ValueError(msg) from None
+
+
+def _read_step(entry: Entry, where: str) -> Tensor:
+    step = _get(entry, "step", where)
+    if isinstance(step, (int, float, Tensor)) and not isinstance(step, bool):
+        tensor = torch.as_tensor(step, dtype=torch.float32, device="cpu").detach()
+        if tensor.numel() == 1 and tensor.isfinite().all() and tensor.item() >= 0:
+            return tensor.reshape(()).clone()
+    msg = f"{where}: 'step' is {step!r}; one finite number of at least 0 is accepted"
+    raise ValueError(msg)
+
+
+def _read_order(entry: Entry, param: Tensor, where: str) -> tuple[int, ...]:
+    """The recorded memory order, without dimensions of one element."""
+    order = _get(entry, "memory_order", where)
+    matter = {d for d in range(param.dim()) if param.shape[d] > 1}
+    if isinstance(order, (tuple, list)) and all(type(d) is int for d in order):
+        known = len(set(order)) == len(order) and set(order) <= set(range(param.dim()))
+        if known and matter <= set(order):
+            return tuple(d for d in order if d in matter)
+    accepted = f"an order of the dimensions {sorted(matter)}"
+    msg = f"{where}: 'memory_order' is {order!r}; {accepted} is accepted"
+    raise ValueError(msg)
 
 
 def _read_values(entry: Entry, name: str, param: Tensor, where: str) -> Tensor:
@@ -149,10 +179,6 @@ def _of_shape(tensor: Tensor, shape: torch.Size, key: str, where: str) -> Tensor
         msg = f"{where}: {key!r} has shape {tuple(tensor.shape)}; {tuple(shape)} is accepted"
         raise ValueError(msg)
     return tensor.detach().to("cpu")
-
-
-def _orders_alike(order: tuple[int, ...], param: Tensor) -> bool:
-    return tuple(d for d in order if param.shape[d] > 1) == memory_order(param)
 
 
 def _decode(codes: Tensor, scales: Tensor, order: tuple[int, ...], signed: bool) -> Tensor:

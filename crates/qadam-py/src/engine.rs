@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use pyo3::exceptions::{PyKeyError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyKeyError, PyNotImplementedError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
@@ -29,7 +29,9 @@ pub struct Engine {
     slots: Vec<Option<Slot>>,
     /// Keys and values of `optimizer.state`, by identity, when the slots were last current.
     entries: Vec<(usize, usize)>,
-    /// How many runs a step takes: parameters that share memory take turns.
+    /// The parameters for which memory was last found to be in order, and how many runs they take:
+    /// those that share memory take turns.
+    arranged: Vec<usize>,
     waves: usize,
 }
 
@@ -90,7 +92,14 @@ impl Engine {
             }
         };
         let decay = if decoupled { Decay::Decoupled } else { Decay::Coupled };
-        Ok(Self { decay, nonfinite, slots: Vec::new(), entries: Vec::new(), waves: 1 })
+        Ok(Self {
+            decay,
+            nonfinite,
+            slots: Vec::new(),
+            entries: Vec::new(),
+            arranged: Vec::new(),
+            waves: 1,
+        })
     }
 
     /// Updates every parameter of `groups` (an optimizer's `param_groups`) that has a gradient, on
@@ -108,7 +117,47 @@ impl Engine {
     ) -> PyResult<usize> {
         let backend = Backend::current().map_err(|error| to_python(&error))?;
         let threads = cpu::pool::threads(threads).map_err(|error| to_python(&error))?;
-        let pending = self.gather(groups, state, make_state)?;
+        let mut created = Vec::new();
+        let outcome = self.run(py, groups, state, make_state, threads, backend, &mut created);
+        if outcome.is_err() {
+            // a step that failed leaves no state behind
+            for param in created {
+                if state.contains(&param)? {
+                    state.del_item(param)?;
+                }
+            }
+            self.forget();
+        }
+        outcome
+    }
+}
+
+impl Engine {
+    /// The slot of a parameter that `gather` has registered.
+    fn slot(&self, index: usize) -> &Slot {
+        self.slots[index].as_ref().expect("gather registers every parameter with a gradient")
+    }
+
+    /// Reads everything anew at the next step.
+    fn forget(&mut self) {
+        self.slots.clear();
+        self.entries.clear();
+        self.arranged.clear();
+    }
+
+    /// A step; parameters whose state it makes are added to `created`.
+    #[expect(clippy::too_many_arguments, reason = "`step`'s, and what it derives from them")]
+    fn run<'py>(
+        &mut self,
+        py: Python<'py>,
+        groups: &Bound<'py, PyList>,
+        state: &Bound<'py, PyDict>,
+        make_state: &Bound<'py, PyAny>,
+        threads: usize,
+        backend: Backend,
+        created: &mut Vec<Bound<'py, PyAny>>,
+    ) -> PyResult<usize> {
+        let pending = self.gather(groups, state, make_state, created)?;
         let waves = self.prepare(py, &pending)?;
         let raise = self.nonfinite == NonFinite::Raise;
         let run = || {
@@ -135,20 +184,16 @@ impl Engine {
             }
             other => to_python(&other),
         })?;
+        let updated = PyList::empty(py);
         for item in &pending {
             let slot = self.slot(item.index);
             // SAFETY: a float32 tensor of one element, checked when it was registered and, by
             // address, in this call; the GIL is held.
             unsafe { *(slot.count.pointer as *mut f32) += 1.0 };
+            updated.append(&slot.param)?;
         }
+        Torch::get(py)?.increment_version.call1(py, (updated,))?;
         Ok(nonfinite)
-    }
-}
-
-impl Engine {
-    /// The slot of a parameter that `gather` has registered.
-    fn slot(&self, index: usize) -> &Slot {
-        self.slots[index].as_ref().expect("gather registers every parameter with a gradient")
     }
 
     /// Checks every gradient, then sees to it that every parameter with one has a current slot.
@@ -157,6 +202,7 @@ impl Engine {
         groups: &Bound<'py, PyList>,
         state: &Bound<'py, PyDict>,
         make_state: &Bound<'py, PyAny>,
+        created: &mut Vec<Bound<'py, PyAny>>,
     ) -> PyResult<Vec<Pending<'py>>> {
         let py = groups.py();
         if !self.entries.iter().copied().eq(identities(state)) {
@@ -176,7 +222,7 @@ impl Engine {
                 let grad = param.getattr(intern!(py, "grad"))?;
                 if !grad.is_none() {
                     let subject = || subject(&param, index, group_index, place);
-                    let grad = Tensor::read(&grad)?
+                    let grad = Tensor::read_gradient(&grad)?
                         .map_err(|refusal| refusal.to_python(&format!("{} gradient", subject())))?;
                     let known = self.slots[index].as_ref();
                     if known.map_or(Ok(false), |slot| slot.is_current(&param))? {
@@ -199,7 +245,11 @@ impl Engine {
         }
         self.slots.truncate(index);
         if !fresh.is_empty() {
-            self.register(&fresh, state, make_state)?;
+            self.register(&fresh, state, make_state, created)?;
+        }
+        let indices = pending.iter().map(|item| item.index);
+        if !fresh.is_empty() || !indices.clone().eq(self.arranged.iter().copied()) {
+            self.arrange(indices.collect())?;
         }
         Ok(pending)
     }
@@ -211,12 +261,16 @@ impl Engine {
         fresh: &[(usize, Tensor<'py>, Walk)],
         state: &Bound<'py, PyDict>,
         make_state: &Bound<'py, PyAny>,
+        created: &mut Vec<Bound<'py, PyAny>>,
     ) -> PyResult<()> {
         let wanting = PyList::empty(state.py());
+        let mut missing = Vec::new();
         for (index, param, walk) in fresh {
-            let fits = match state.get_item(&param.object)? {
-                Some(entry) => Slot::new(*index, param, walk, entry.cast::<PyDict>()?).is_ok(),
-                None => false,
+            let fits = if let Some(entry) = state.get_item(&param.object)? {
+                Slot::new(*index, param, walk, entry.cast::<PyDict>()?).is_ok()
+            } else {
+                missing.push(param.object.clone());
+                false
             };
             if !fits {
                 wanting.append(&param.object)?;
@@ -225,6 +279,7 @@ impl Engine {
         if !wanting.is_empty() {
             make_state.call1((wanting,))?;
         }
+        *created = missing;
         let mut slots = Vec::with_capacity(fresh.len());
         for (index, param, walk) in fresh {
             let entry = item(state, &param.object)?.cast_into::<PyDict>()?;
@@ -234,45 +289,47 @@ impl Engine {
             self.slots[index] = Some(slot);
         }
         self.entries = identities(state).collect();
-        self.arrange()
+        Ok(())
     }
 
-    /// Finds the waves, and refuses state tensors that share memory.
-    fn arrange(&mut self) -> PyResult<()> {
-        let mut slots: Vec<(usize, &mut Slot)> = self
-            .slots
-            .iter_mut()
-            .enumerate()
-            .filter_map(|(index, slot)| Some((index, slot.as_mut()?)))
-            .collect();
-        let mut ranges: Vec<(Range<usize>, usize)> = Vec::new();
-        for (index, slot) in &slots {
+    /// Finds the waves of the parameters at `indices`, and refuses state that shares memory with
+    /// anything else.
+    fn arrange(&mut self, indices: Vec<usize>) -> PyResult<()> {
+        let mut ranges: Vec<(Range<usize>, usize, bool)> = Vec::new();
+        let mut params = Vec::with_capacity(indices.len());
+        for &index in &indices {
+            let slot = self.slot(index);
+            let bytes = slot.walk.param_span() * slot.dtype.size();
+            params.push(slot.pointer..slot.pointer + bytes);
+            ranges.push((slot.pointer..slot.pointer + bytes, index, false));
             for tensor in slot.moments.iter().chain([&slot.count]) {
-                ranges.push((tensor.pointer..tensor.pointer + tensor.bytes, *index));
+                ranges.push((tensor.pointer..tensor.pointer + tensor.bytes, index, true));
             }
         }
-        ranges.retain(|(range, _)| !range.is_empty());
-        ranges.sort_unstable_by_key(|(range, _)| range.start);
-        for pair in ranges.windows(2) {
-            if pair[1].0.start < pair[0].0.end {
-                let (a, b) = (pair[0].1, pair[1].1);
+        ranges.retain(|(range, ..)| !range.is_empty());
+        ranges.sort_unstable_by_key(|(range, ..)| range.start);
+        // for parameters and for state: how far memory is taken, and by whom
+        let (mut param_end, mut state_end) = ((0, 0), (0, 0));
+        for (range, index, is_state) in ranges {
+            let (end, other) = if is_state { state_end.max(param_end) } else { state_end };
+            if range.start < end {
                 let text = format!(
-                    "state tensors of parameters {a} and {b} share memory; each must have its own"
+                    "parameters {} and {} share memory that holds state; each state tensor must \
+                     have its own",
+                    other.min(index),
+                    other.max(index),
                 );
                 return Err(PyValueError::new_err(text));
             }
+            let reach = if is_state { &mut state_end } else { &mut param_end };
+            *reach = (*reach).max((range.end, index));
         }
-        let params: Vec<Range<usize>> = slots
-            .iter()
-            .map(|(_, slot)| {
-                slot.pointer..slot.pointer + slot.walk.param_span() * slot.dtype.size()
-            })
-            .collect();
         self.waves = 1;
-        for ((_, slot), wave) in slots.iter_mut().zip(cpu::disjoint_waves(&params)) {
-            slot.wave = wave;
+        for (&index, wave) in indices.iter().zip(cpu::disjoint_waves(&params)) {
             self.waves = self.waves.max(wave + 1);
+            self.slots[index].as_mut().expect("read above").wave = wave;
         }
+        self.arranged = indices;
         Ok(())
     }
 
@@ -313,7 +370,18 @@ impl Engine {
     /// and not again: a schedule may pass a little below zero.
     fn hyper(&self, group: &Bound<'_, PyDict>, index: usize) -> PyResult<Hyper> {
         let py = group.py();
-        let number = |name: &Bound<'_, PyString>, value: &Bound<'_, PyAny>| {
+        for name in ["amsgrad", "maximize", "differentiable"] {
+            if group.get_item(name)?.is_some_and(|value| value.is_truthy().unwrap_or(true)) {
+                let text = format!("{name} of group {index} is set; it is not implemented yet");
+                return Err(PyNotImplementedError::new_err(text));
+            }
+        }
+        let number = |name: &str, value: Bound<'_, PyAny>| {
+            // a tensor's item(), as float() of one that requires a gradient warns
+            let value = match value.getattr_opt(intern!(py, "item"))? {
+                Some(item) => item.call0()?,
+                None => value,
+            };
             let number: f64 = value.extract()?;
             if number.is_finite() {
                 return Ok(number);
@@ -321,13 +389,12 @@ impl Engine {
             let text = format!("{name} of group {index} is {number}; a finite number is accepted");
             Err(PyValueError::new_err(text))
         };
-        let get = |name: &Bound<'_, PyString>| number(name, &item(group, name)?);
-        let key = intern!(py, "betas");
-        let (beta1, beta2) = item(group, key)?.extract::<(Bound<'_, PyAny>, Bound<'_, PyAny>)>()?;
+        let get = |name: &Bound<'_, PyString>| number(&name.to_string(), item(group, name)?);
+        let betas = item(group, intern!(py, "betas"))?;
         Ok(Hyper {
             lr: get(intern!(py, "lr"))?,
-            beta1: number(key, &beta1)?,
-            beta2: number(key, &beta2)?,
+            beta1: number("betas[0]", betas.get_item(0)?)?,
+            beta2: number("betas[1]", betas.get_item(1)?)?,
             eps: get(intern!(py, "eps"))?,
             weight_decay: get(intern!(py, "weight_decay"))?,
             decay: self.decay,

@@ -13,6 +13,8 @@ pub struct Torch {
     dtypes: [(Py<PyAny>, DType); 3],
     pub float32: Py<PyAny>,
     pub uint8: Py<PyAny>,
+    /// Tells autograd that tensors were written in place.
+    pub increment_version: Py<PyAny>,
 }
 
 impl Torch {
@@ -24,7 +26,9 @@ impl Torch {
             let dtype = |dtype: DType| Ok::<_, PyErr>((get(dtype.name())?, dtype));
             let dtypes = [dtype(DType::F32)?, dtype(DType::BF16)?, dtype(DType::F16)?];
             let (float32, uint8) = (get("float32")?, get("uint8")?);
-            Ok(Self { strided: get("strided")?, dtypes, float32, uint8 })
+            let graph = py.import("torch.autograd.graph")?;
+            let increment_version = graph.getattr("increment_version")?.unbind();
+            Ok(Self { strided: get("strided")?, dtypes, float32, uint8, increment_version })
         })
     }
 
@@ -68,6 +72,16 @@ impl Refusal {
 }
 
 impl<'py> Tensor<'py> {
+    /// Reads a gradient; the inner result says why it is refused.
+    pub fn read_gradient(object: &Bound<'py, PyAny>) -> PyResult<Result<Self, Refusal>> {
+        let py = object.py();
+        if is_negated(object)? {
+            // its memory holds the opposite values; as it is only read, a copy will do
+            return Self::read(&object.call_method0(intern!(py, "resolve_neg"))?);
+        }
+        Self::read(object)
+    }
+
     /// Reads `object`; the inner result says why it is refused.
     pub fn read(object: &Bound<'py, PyAny>) -> PyResult<Result<Self, Refusal>> {
         let py = object.py();
@@ -90,22 +104,24 @@ impl<'py> Tensor<'py> {
         let Some(dtype) = torch.dtype(&dtype) else {
             return refuse(Kind::Type, format!("has dtype {dtype}; {} are accepted", DType::NAMES));
         };
-        let mut object = object.clone();
-        if object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
-            // a lazily negated view: its memory holds the opposite values
-            object = object.call_method0(intern!(py, "resolve_neg"))?;
+        if is_negated(object)? {
+            let reason = "is a lazily negated view; a tensor that holds its values is accepted";
+            return refuse(Kind::Value, reason.to_owned());
         }
         let shape = object.getattr(intern!(py, "shape"))?.cast_into::<PyTuple>()?;
         let strides = object.call_method0(intern!(py, "stride"))?.cast_into::<PyTuple>()?;
         let pointer: usize = object.call_method0(intern!(py, "data_ptr"))?.extract()?;
         if !pointer.is_multiple_of(dtype.size()) {
-            let reason = format!("lies at address {pointer:#x}, which is not aligned to its dtype");
+            let size = dtype.size();
+            let reason = format!(
+                "is not aligned: it lies at {pointer:#x}, a multiple of {size} is accepted"
+            );
             return refuse(Kind::Value, reason);
         }
         if pointer == 0 && numel(&shape)? > 0 {
             return refuse(Kind::Value, "has no memory of its own".to_owned());
         }
-        Ok(Ok(Self { object, dtype, pointer, shape, strides }))
+        Ok(Ok(Self { object: object.clone(), dtype, pointer, shape, strides }))
     }
 
     /// The address of a tensor that was read before.
@@ -117,6 +133,10 @@ impl<'py> Tensor<'py> {
     pub fn geometry(&self) -> PyResult<(Vec<usize>, Vec<isize>)> {
         Ok((self.shape.extract()?, self.strides.extract()?))
     }
+}
+
+fn is_negated(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+    object.call_method0(intern!(object.py(), "is_neg"))?.is_truthy()
 }
 
 fn numel(shape: &Bound<'_, PyTuple>) -> PyResult<usize> {

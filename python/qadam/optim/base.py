@@ -58,6 +58,9 @@ class QAdam(Optimizer):
             ("block_wise", block_wise, not block_wise),
             ("is_paged", True, is_paged or self._class_paged),
         )
+        if nonfinite not in ("skip", "propagate", "raise"):
+            msg = f'nonfinite must be "skip", "propagate" or "raise", got {nonfinite!r}'
+            raise ValueError(msg)
         self._nonfinite = nonfinite
         self._engine = _core.Engine(self._decoupled, nonfinite)
         self.nonfinite_count = 0
@@ -131,18 +134,22 @@ class QAdam(Optimizer):
             if isinstance(number, Tensor) and number.numel() != 1:
                 msg = f"{name} must be a number, got a tensor of shape {tuple(number.shape)}"
                 raise ValueError(msg)
-            try:
-                float(number)
-            except (TypeError, ValueError):
+            if not hasattr(number, "__float__"):
                 msg = f"{name} must be a number, got {number!r}"
-                raise TypeError(msg) from None
-        _core.check_hyper(*map(float, numbers))
+                raise TypeError(msg)
+        _core.check_hyper(*(n.item() if isinstance(n, Tensor) else float(n) for n in numbers))
         # These would change the update. What else torch's groups hold (foreach, fused, capturable)
         # says how to compute it, which is for this package to decide.
         options = ("amsgrad", "maximize", "differentiable")
         self._refuse_later(*((name, True, bool(group.get(name))) for name in options))
-        overrides = ("optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged")
+        overrides = ["optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged"]
+        overrides += ["args", "nonfinite"]
         self._refuse_later(*((name, group.get(name), name in group) for name in overrides))
+        if group.get("decoupled_weight_decay") and not self._decoupled:
+            msg = (
+                f"{type(self).__name__} couples weight decay: for decoupled_weight_decay use AdamW"
+            )
+            raise NotImplementedError(msg)
 
     # The step.
 
@@ -178,7 +185,9 @@ class QAdam(Optimizer):
         return loss
 
     def _report_nonfinite(self, count: int) -> None:
-        if self.nonfinite_count == 0 and self._nonfinite == "skip":
+        first = self.nonfinite_count == 0
+        self.nonfinite_count += count
+        if first and self._nonfinite == "skip":
             warnings.warn(
                 f"{count} gradient elements are NaN or infinite; their parameters and state are "
                 'left as they are (nonfinite="skip"). Further ones are counted in '
@@ -186,7 +195,6 @@ class QAdam(Optimizer):
                 RuntimeWarning,
                 stacklevel=5,
             )
-        self.nonfinite_count += count
 
     def _make_state(self, params: list[Tensor]) -> None:
         """Gives each of ``params`` state that fits it; called by the engine."""
@@ -248,8 +256,8 @@ class QAdam(Optimizer):
         for key, entry in state_dict["state"].items():
             if key in by_key:
                 index, param = by_key[key]
-                bits = self._bits_for(param)
-                if entry:
+                if entry is not None and not (isinstance(entry, dict) and not entry):
+                    bits = self._bits_for(param)
                     state[param] = qstate.fit(entry, param, bits, f"parameter {index}")
             else:
                 state[key] = deepcopy(entry)
