@@ -4,7 +4,7 @@ Trains the GPT of `gpt.py` with each optimizer in `OPTIMIZERS`, one after the ot
 prints what each cost and what it reached, and writes `report.json` and `loss.png`.
 
     make demo                              # or:
-    python examples/demo.py                # two to four minutes on two cores
+    python examples/demo.py                # two to four minutes
     python examples/demo.py --quick        # a few seconds: does it all still run?
     python examples/demo.py --optimizers "torch.optim.AdamW(fused=True)" qadam.AdamW8bit
 
@@ -60,11 +60,11 @@ def table(runs: list[Run]) -> str:
         (
             run.optimizer,
             f"{run.final_val_loss:.4f}",
-            f"{difference_percent(run, runs[0]):+.2f} %" if run is not runs[0] else "",
+            f"{difference_percent(run, runs[0]):+.2f} %" if number else "",
             f"{run.state_bytes_per_param:.2f}",
             f"{run.step_ms:.2f}",
         )
-        for run in runs
+        for number, run in enumerate(runs)
     ]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     rows.insert(1, tuple("-" * width for width in widths))
@@ -162,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few steps only")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR")
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), metavar="SPEC")
+    parser.add_argument("--threads", type=int, default=TrainConfig.threads)
     args = parser.parse_args(argv)
 
     # A misspelt third optimizer should not cost two training runs to find.
@@ -172,7 +173,9 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{spec!r} is not an optimizer that can be used here: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    config = quick(TrainConfig()) if args.quick else TrainConfig()
+    config = TrainConfig(threads=args.threads)
+    if args.quick:
+        config = quick(config)
     text = load(config.corpus_bytes)
     runs = []
     for spec in args.optimizers:
@@ -187,8 +190,10 @@ def main(argv: list[str] | None = None) -> int:
 
     print(f"\n{table(runs)}\n")
     print(f"difference: of the validation loss, to {runs[0].optimizer}")
-    print(f"{runs[0].parameters:,} parameters, {config.steps} steps, ", end="")
-    print(f"{sum(run.seconds for run in runs):.0f} s of training")
+    print(
+        f"{runs[0].parameters:,} parameters, {config.steps} steps, "
+        f"{sum(run.seconds for run in runs):.0f} s in all, threads: {config.threads}"
+    )
     print(f"written: {args.out / 'report.json'}, {args.out / 'loss.png'}")
     return 0
 

@@ -4,6 +4,7 @@ pub mod codec;
 pub mod cpu;
 mod dtype;
 mod error;
+mod ieee;
 mod layout;
 mod optimizer;
 pub mod rule;

@@ -5,8 +5,12 @@
 //! strides with what was registered, and reads anew what differs; a stale pointer is never used.
 
 use std::ops::Range;
+use std::sync::Mutex;
 
-use pyo3::exceptions::{PyKeyError, PyNotImplementedError, PyTypeError, PyValueError};
+use pyo3::exceptions::{
+    PyKeyError, PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError,
+};
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple};
@@ -21,8 +25,11 @@ use crate::error::to_python;
 use crate::tensor::{Tensor, Torch};
 
 /// Steps all tensors of an optimizer.
-#[pyclass(module = "qadam._core")]
-pub struct Engine {
+#[pyclass(module = "qadam._core", frozen)]
+pub struct Engine(Mutex<Tensors>);
+
+/// What an engine knows of an optimizer's tensors.
+struct Tensors {
     decay: Decay,
     nonfinite: NonFinite,
     /// One for each parameter, in the order of the groups, once it has state.
@@ -92,14 +99,9 @@ impl Engine {
             }
         };
         let decay = if decoupled { Decay::Decoupled } else { Decay::Coupled };
-        Ok(Self {
-            decay,
-            nonfinite,
-            slots: Vec::new(),
-            entries: Vec::new(),
-            arranged: Vec::new(),
-            waves: 1,
-        })
+        let (slots, entries, arranged) = (Vec::new(), Vec::new(), Vec::new());
+        let tensors = Tensors { decay, nonfinite, slots, entries, arranged, waves: 1 };
+        Ok(Self(Mutex::new(tensors)))
     }
 
     /// Updates every parameter of `groups` (an optimizer's `param_groups`) that has a gradient, on
@@ -108,7 +110,7 @@ impl Engine {
     /// `state` is the optimizer's; `make_state(params)` must give each of `params` an entry that
     /// fits it. It is called only once all gradients have passed their checks.
     fn step(
-        &mut self,
+        &self,
         py: Python<'_>,
         groups: &Bound<'_, PyList>,
         state: &Bound<'_, PyDict>,
@@ -117,8 +119,12 @@ impl Engine {
     ) -> PyResult<usize> {
         let backend = Backend::current().map_err(|error| to_python(&error))?;
         let threads = cpu::pool::threads(threads).map_err(|error| to_python(&error))?;
+        let Ok(mut tensors) = self.0.try_lock() else {
+            let text = "this optimizer is in the middle of a step on another thread";
+            return Err(PyRuntimeError::new_err(text));
+        };
         let mut created = Vec::new();
-        let outcome = self.run(py, groups, state, make_state, threads, backend, &mut created);
+        let outcome = tensors.run(py, groups, state, make_state, threads, backend, &mut created);
         if outcome.is_err() {
             // a step that failed leaves no state behind
             for param in created {
@@ -126,13 +132,35 @@ impl Engine {
                     state.del_item(param)?;
                 }
             }
-            self.forget();
+            tensors.forget();
         }
         outcome
     }
+
+    /// For Python's garbage collector: a parameter may lead back to its optimizer.
+    #[expect(clippy::needless_pass_by_value, reason = "the signature is PyO3's")]
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        let Ok(tensors) = self.0.try_lock() else {
+            return Ok(()); // in the middle of a step, all of it is in use
+        };
+        for slot in tensors.slots.iter().flatten() {
+            visit.call(&slot.param)?;
+            visit.call(&slot.entry)?;
+            for tensor in slot.moments.iter().chain([&slot.count]) {
+                visit.call(&tensor.object)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn __clear__(&self) {
+        if let Ok(mut tensors) = self.0.try_lock() {
+            tensors.forget();
+        }
+    }
 }
 
-impl Engine {
+impl Tensors {
     /// The slot of a parameter that `gather` has registered.
     fn slot(&self, index: usize) -> &Slot {
         self.slots[index].as_ref().expect("gather registers every parameter with a gradient")

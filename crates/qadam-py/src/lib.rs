@@ -1,8 +1,8 @@
 //! `qadam._core`: converts torch tensors to pointers and calls [`qadam_core`]. No arithmetic here.
 //!
-//! * [`engine`] steps all tensors of an optimizer in one call, with the GIL released;
-//! * [`quantize`] encodes and decodes state for checkpoints of another width;
-//! * [`tensor`] reads what is needed of a torch tensor.
+//! * `engine` steps all tensors of an optimizer in one call, with the GIL released;
+//! * `quantize` encodes and decodes state for checkpoints of another width;
+//! * `tensor` reads what is needed of a torch tensor.
 
 mod engine;
 mod error;

@@ -29,7 +29,9 @@ fn vector(
             "{name} {what}; a contiguous CPU vector of {dtype} is accepted"
         ))
     };
-    let got = tensor.getattr(intern!(py, "dtype"))?;
+    let Ok(got) = tensor.getattr(intern!(py, "dtype")) else {
+        return Err(wrong(format!("is {}", tensor.get_type().name()?)));
+    };
     if !got.is(py.import(intern!(py, "torch"))?.getattr(dtype)?) {
         return Err(wrong(format!("has dtype {got}")));
     }
@@ -49,6 +51,15 @@ fn vector(
         return Err(PyValueError::new_err(text));
     }
     Ok((tensor.call_method0(intern!(py, "data_ptr"))?.extract()?, got))
+}
+
+/// Raises `ValueError` where one tensor's bytes are another's too.
+fn apart(a: usize, a_bytes: usize, b: usize, b_bytes: usize) -> PyResult<()> {
+    if a < b + b_bytes && b < a + a_bytes {
+        let text = "values, codes and scales share memory; each must have its own";
+        return Err(PyValueError::new_err(text));
+    }
+    Ok(())
 }
 
 /// A slice over memory that torch owns. An empty tensor has no address.
@@ -88,8 +99,11 @@ pub fn encode_blocks(
     let (values, n) = vector("values", values, "float32", None)?;
     let (codes, _) = vector("codes", codes, "uint8", Some(n))?;
     let (scales, blocks) = vector("scales", scales, "float32", Some(n.div_ceil(BLOCK)))?;
-    // SAFETY: `vector` checked types and lengths; the GIL is held, and the three tensors have
-    // different types or, `values` and `scales`, are read and written element by element in order.
+    apart(values, 4 * n, codes, n)?;
+    apart(values, 4 * n, scales, 4 * blocks)?;
+    apart(codes, n, scales, 4 * blocks)?;
+    // SAFETY: `vector` checked types and lengths, `apart` that the tensors do not overlap; the GIL
+    // is held.
     unsafe {
         let (codes, scales) = (slice_mut(codes, n), slice_mut(scales, blocks));
         block::encode_blocks(slice(values, n), sign(signed), codes, scales);
@@ -109,6 +123,8 @@ pub fn decode_blocks(
     let (codes, n) = vector("codes", codes, "uint8", None)?;
     let (scales, blocks) = vector("scales", scales, "float32", Some(n.div_ceil(BLOCK)))?;
     let (values, _) = vector("values", values, "float32", Some(n))?;
+    apart(values, 4 * n, codes, n)?;
+    apart(values, 4 * n, scales, 4 * blocks)?;
     // SAFETY: as in `encode_blocks`.
     unsafe {
         block::decode_blocks(

@@ -3,6 +3,7 @@
 //! A tail block is shorter. A block of zeros has scale 0 and decodes to zeros.
 
 use super::dynamic::{self, Sign};
+use crate::ieee::Ieee;
 
 /// Elements a block.
 pub const BLOCK: usize = 256;
@@ -81,6 +82,7 @@ pub fn encode_block(values: &[f32], sign: Sign, codes: &mut [u8]) -> f32 {
 pub fn encode_blocks(values: &[f32], sign: Sign, codes: &mut [u8], scales: &mut [f32]) {
     assert_eq!(values.len(), codes.len(), "a code for each value");
     assert_eq!(values.len().div_ceil(BLOCK), scales.len(), "a scale for each block");
+    let _ieee = Ieee::enter();
     let blocks = values.chunks(BLOCK).zip(codes.chunks_mut(BLOCK));
     for ((values, codes), scale) in blocks.zip(scales) {
         *scale = encode_block(values, sign, codes);
@@ -94,6 +96,7 @@ pub fn encode_blocks(values: &[f32], sign: Sign, codes: &mut [u8], scales: &mut 
 pub fn decode_blocks(codes: &[u8], scales: &[f32], sign: Sign, values: &mut [f32]) {
     assert_eq!(values.len(), codes.len(), "a code for each value");
     assert_eq!(values.len().div_ceil(BLOCK), scales.len(), "a scale for each block");
+    let _ieee = Ieee::enter();
     let blocks = codes.chunks(BLOCK).zip(values.chunks_mut(BLOCK));
     for ((codes, values), &scale) in blocks.zip(scales) {
         for (value, &code) in values.iter_mut().zip(codes) {

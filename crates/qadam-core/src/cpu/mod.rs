@@ -1,15 +1,14 @@
 //! The CPU back end: the same bits from scalar code, AVX2, AVX-512 and any number of threads.
 //!
-//! * [`scalar`] is the definition, written with [`rule`](crate::rule) and
+//! * `scalar` is the definition, written with [`rule`](crate::rule) and
 //!   [`codec`](crate::codec) alone;
-//! * [`simd`] is the one vector kernel, over the operations that [`avx2`] and [`avx512`] supply;
+//! * `simd` is the one vector kernel, over the operations that `avx2` and `avx512` supply;
 //! * [`run`] cuts tensors into chunks of whole blocks and hands them to the threads of [`pool`].
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-mod environment;
 mod kernels;
 pub mod pool;
 mod run;
@@ -84,7 +83,7 @@ impl Backend {
     /// [`Error::Backend`] where the variable names one that is not there.
     pub fn current() -> Result<Self> {
         static CURRENT: OnceLock<Result<Backend>> = OnceLock::new();
-        CURRENT.get_or_init(|| Self::choose(std::env::var("QADAM_CPU").ok().as_deref())).clone()
+        CURRENT.get_or_init(|| Self::choose(variable("QADAM_CPU").as_deref())).clone()
     }
 
     fn choose(name: Option<&str>) -> Result<Self> {
@@ -96,6 +95,11 @@ impl Backend {
             accepted: Self::available().map(Self::name).collect::<Vec<_>>().join(", "),
         })
     }
+}
+
+/// An environment variable; what is not Unicode in it becomes U+FFFD, which no setting accepts.
+fn variable(name: &str) -> Option<String> {
+    Some(std::env::var_os(name)?.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]

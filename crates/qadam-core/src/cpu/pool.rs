@@ -75,7 +75,7 @@ pub(super) fn pool(count: usize) -> Result<Arc<ThreadPool>> {
 pub fn threads(fallback: usize) -> Result<usize> {
     static CHOSEN: OnceLock<Result<Option<usize>>> = OnceLock::new();
     let chosen =
-        CHOSEN.get_or_init(|| parse(std::env::var("QADAM_NUM_THREADS").ok().as_deref())).clone()?;
+        CHOSEN.get_or_init(|| parse(super::variable("QADAM_NUM_THREADS").as_deref())).clone()?;
     Ok(chosen.unwrap_or(fallback).max(1))
 }
 

@@ -7,12 +7,12 @@ use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
-use super::environment::Ieee;
 use super::kernels::Kernels;
 use super::{Backend, pool};
 use crate::codec::BLOCK;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::ieee::Ieee;
 use crate::tensor::{RawState, TensorStep};
 
 /// Elements a chunk: 128 blocks, small enough to balance threads, large enough to hide the

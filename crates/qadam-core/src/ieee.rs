@@ -4,7 +4,7 @@
 //! that; the bits of a step must not depend on it.
 
 /// While it lives, this thread rounds to nearest even and keeps subnormals.
-pub(super) struct Ieee {
+pub(crate) struct Ieee {
     #[cfg(target_arch = "x86_64")]
     saved: u32,
 }
@@ -15,7 +15,7 @@ static DEFAULT: u32 = 0x1F80;
 
 impl Ieee {
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn enter() -> Self {
+    pub(crate) fn enter() -> Self {
         let mut saved = 0_u32;
         // SAFETY: SSE is part of x86-64; both pointers are to live u32.
         unsafe {
@@ -26,7 +26,7 @@ impl Ieee {
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    pub(super) fn enter() -> Self {
+    pub(crate) fn enter() -> Self {
         Self {}
     }
 }
