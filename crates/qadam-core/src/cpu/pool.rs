@@ -67,6 +67,14 @@ pub(super) fn pool(count: usize) -> Result<Arc<ThreadPool>> {
     Ok(pool)
 }
 
+/// Starts the pool of `count` threads, so that no later step can fail for want of it.
+///
+/// # Errors
+/// [`Error::ThreadPool`] where the system does not give the threads.
+pub fn start(count: usize) -> Result<()> {
+    if count > 1 { pool(count).map(|_| ()) } else { Ok(()) }
+}
+
 /// The number of threads to use: `QADAM_NUM_THREADS` if set, else `fallback` (Python passes
 /// `torch.get_num_threads()`). The variable is read at the first call.
 ///

@@ -1,0 +1,105 @@
+//! One optimizer's tensors: read once, checked at every step, stepped in one call.
+//!
+//! Users may replace what an optimizer refers to between any two steps: `p.data`, a gradient, an
+//! entry of `optimizer.state`. Every step therefore compares identities, addresses, shapes and
+//! strides with what was registered, and reads anew what differs; a stale pointer is never used.
+//!
+//! * `tensors`: gathers gradients, keeps slots current, finds who shares memory, runs;
+//! * `slot`: one parameter and its state;
+//! * `groups`: hyperparameters.
+
+mod groups;
+mod slot;
+mod tensors;
+
+use std::sync::Mutex;
+
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::gc::{PyTraverseError, PyVisit};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList};
+use qadam_core::cpu::{self, Backend};
+use qadam_core::{Decay, NonFinite};
+
+use crate::error::to_python;
+use tensors::Tensors;
+
+/// Steps all tensors of an optimizer.
+#[pyclass(module = "qadam._core", frozen)]
+pub struct Engine(Mutex<Tensors>);
+
+#[pymethods]
+impl Engine {
+    /// `decoupled`: whether weight decay is `AdamW`'s. `nonfinite`: `"skip"`, `"propagate"` or
+    /// `"raise"`.
+    #[new]
+    fn new(decoupled: bool, nonfinite: &str) -> PyResult<Self> {
+        let nonfinite = match nonfinite {
+            "skip" => NonFinite::Skip,
+            "propagate" => NonFinite::Propagate,
+            "raise" => NonFinite::Raise,
+            other => {
+                let accepted = "\"skip\", \"propagate\" or \"raise\"";
+                let text = format!("nonfinite must be {accepted}, got {other:?}");
+                return Err(PyValueError::new_err(text));
+            }
+        };
+        let decay = if decoupled { Decay::Decoupled } else { Decay::Coupled };
+        Ok(Self(Mutex::new(Tensors::new(decay, nonfinite))))
+    }
+
+    /// Updates every parameter of `groups` (an optimizer's `param_groups`) that has a gradient, on
+    /// `threads` threads, and returns how many elements had a non-finite gradient.
+    ///
+    /// `state` is the optimizer's; `make_state(params)` must give each of `params` an entry that
+    /// fits it. It is called only once all gradients have passed their checks.
+    fn step(
+        &self,
+        py: Python<'_>,
+        groups: &Bound<'_, PyList>,
+        state: &Bound<'_, PyDict>,
+        make_state: &Bound<'_, PyAny>,
+        threads: usize,
+    ) -> PyResult<usize> {
+        let backend = Backend::current().map_err(|error| to_python(&error))?;
+        let threads = cpu::pool::threads(threads).map_err(|error| to_python(&error))?;
+        let Ok(mut tensors) = self.0.try_lock() else {
+            let text = "this optimizer is in the middle of a step on another thread";
+            return Err(PyRuntimeError::new_err(text));
+        };
+        let mut created = Vec::new();
+        let outcome = tensors.run(py, groups, state, make_state, threads, backend, &mut created);
+        if outcome.is_err() {
+            // a step that failed leaves no state behind
+            for param in created {
+                if state.contains(&param)? {
+                    state.del_item(param)?;
+                }
+            }
+            tensors.forget();
+        }
+        outcome
+    }
+
+    /// For Python's garbage collector: a parameter may lead back to its optimizer.
+    #[expect(clippy::needless_pass_by_value, reason = "the signature is PyO3's")]
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        let Ok(tensors) = self.0.try_lock() else {
+            return Ok(()); // in the middle of a step, all of it is in use
+        };
+        for slot in tensors.slots() {
+            visit.call(&slot.param)?;
+            visit.call(&slot.entry)?;
+            for tensor in slot.moments.iter().chain([&slot.count]) {
+                visit.call(&tensor.object)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn __clear__(&self) {
+        if let Ok(mut tensors) = self.0.try_lock() {
+            tensors.forget();
+        }
+    }
+}

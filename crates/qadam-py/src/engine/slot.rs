@@ -1,0 +1,189 @@
+//! A parameter and its state, checked once and compared at every step.
+
+use pyo3::exceptions::{PyKeyError, PyTypeError, PyValueError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyString, PyTuple};
+use qadam_core::{
+    BufferSpec, DType, Moments8, Moments32, Per, RawState, StateFormat, StateType, Walk,
+    is_dense_like,
+};
+
+use crate::tensor::{Tensor, Torch};
+
+/// A parameter that has state.
+pub struct Slot {
+    pub param: Py<PyAny>,
+    pub dtype: DType,
+    pub pointer: usize,
+    pub shape: Py<PyTuple>,
+    pub strides: Py<PyTuple>,
+    /// For gradients with the parameter's strides.
+    pub walk: Walk,
+    /// In which run of a step its turn is.
+    pub wave: usize,
+    pub entry: Py<PyDict>,
+    pub count: StateTensor,
+    pub moments: Vec<StateTensor>,
+    pub format: StateFormat,
+}
+
+/// A tensor of the state.
+pub struct StateTensor {
+    pub key: Py<PyString>,
+    pub object: Py<PyAny>,
+    pub pointer: usize,
+    pub bytes: usize,
+}
+
+impl Slot {
+    /// Checks the state that `entry` holds for `param`.
+    pub fn new(
+        index: usize,
+        param: &Tensor<'_>,
+        walk: &Walk,
+        entry: &Bound<'_, PyDict>,
+    ) -> PyResult<Self> {
+        let format =
+            if entry.contains("exp_avg_code")? { StateFormat::Dynamic8 } else { StateFormat::F32 };
+        let (shape, strides) = param.geometry()?;
+        let mut moments = Vec::new();
+        for spec in format.buffers(walk.len()) {
+            moments.push(StateTensor::new(index, &spec, &shape, &strides, entry)?);
+        }
+        let count = BufferSpec { name: "step", dtype: StateType::F32, per: Per::Block, len: 1 };
+        Ok(Self {
+            param: param.object.clone().unbind(),
+            dtype: param.dtype,
+            pointer: param.pointer,
+            shape: param.shape.clone().unbind(),
+            strides: param.strides.clone().unbind(),
+            walk: walk.clone(),
+            wave: 0,
+            count: StateTensor::new(index, &count, &shape, &strides, entry)?,
+            moments,
+            format,
+            entry: entry.clone().unbind(),
+        })
+    }
+
+    /// The state's addresses, as the core wants them.
+    pub fn raw(&self) -> RawState {
+        match (self.format, &self.moments[..]) {
+            (StateFormat::F32, [m, v]) => {
+                RawState::F32(Moments32 { m: m.pointer as *mut f32, v: v.pointer as *mut f32 })
+            }
+            (StateFormat::Dynamic8, [m_code, m_scale, v_code, v_scale]) => {
+                RawState::Dynamic8(Moments8 {
+                    m_code: m_code.pointer as *mut u8,
+                    m_scale: m_scale.pointer as *mut f32,
+                    v_code: v_code.pointer as *mut u8,
+                    v_scale: v_scale.pointer as *mut f32,
+                })
+            }
+            _ => unreachable!("`Slot::new` makes as many tensors as the format has"),
+        }
+    }
+
+    /// Whether everything is where it was when the slot was made.
+    pub fn is_current(&self, param: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let py = param.py();
+        let dtype = param.getattr(intern!(py, "dtype"))?;
+        if !self.param.is(param)
+            || Tensor::pointer_of(param)? != self.pointer
+            || Torch::get(py)?.dtype(&dtype) != Some(self.dtype)
+            || !param.getattr(intern!(py, "shape"))?.eq(self.shape.bind(py))?
+            || !param.call_method0(intern!(py, "stride"))?.eq(self.strides.bind(py))?
+        {
+            return Ok(false);
+        }
+        let entry = self.entry.bind(py);
+        for tensor in self.moments.iter().chain([&self.count]) {
+            let Some(object) = entry.get_item(tensor.key.bind(py))? else {
+                return Ok(false);
+            };
+            if !object.is(&tensor.object) || Tensor::pointer_of(&object)? != tensor.pointer {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// The number of the coming step, counted from 1.
+    pub fn next_step(&self, index: usize) -> PyResult<u64> {
+        // SAFETY: a float32 tensor of one element, checked when it was registered and, by address,
+        // in this call; the GIL is held.
+        let count = unsafe { *(self.count.pointer as *const f32) };
+        if count.is_finite() && count >= 0.0 {
+            return Ok(count as u64 + 1);
+        }
+        let text = format!(
+            "state[\"step\"] of parameter {index} is {count}; a count of at least 0 is accepted"
+        );
+        Err(PyValueError::new_err(text))
+    }
+}
+
+impl StateTensor {
+    /// Checks one tensor of a parameter's state against what the core expects.
+    pub fn new(
+        index: usize,
+        spec: &BufferSpec,
+        shape: &[usize],
+        strides: &[isize],
+        entry: &Bound<'_, PyDict>,
+    ) -> PyResult<Self> {
+        let py = entry.py();
+        let torch = Torch::get(py)?;
+        let name = spec.name;
+        let Some(object) = entry.get_item(name)? else {
+            let keys = entry.keys();
+            let text = format!("the state of parameter {index} has no {name:?}, only {keys}");
+            return Err(PyKeyError::new_err(text));
+        };
+        let refuse = |what: String, accepted: &str| {
+            let text =
+                format!("state[{name:?}] of parameter {index} {what}; {accepted} is accepted");
+            Err(PyTypeError::new_err(text))
+        };
+        let (expected, size) = match spec.dtype {
+            StateType::F32 => (&torch.float32, 4),
+            StateType::U8 => (&torch.uint8, 1),
+        };
+        let Ok(dtype) = object.getattr(intern!(py, "dtype")) else {
+            return refuse(format!("is {}", object.repr()?), "a tensor");
+        };
+        if !dtype.is(expected) {
+            return refuse(format!("has dtype {dtype}"), &expected.bind(py).str()?.to_string());
+        }
+        if !object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+            return refuse(
+                format!("is on {}", object.getattr("device")?),
+                "the parameter's device",
+            );
+        }
+        let got: Vec<usize> = object.getattr(intern!(py, "shape"))?.extract()?;
+        let stride: Vec<isize> = object.call_method0(intern!(py, "stride"))?.extract()?;
+        let fits = match spec.per {
+            Per::Element => got == shape && is_dense_like(shape, strides, &stride).unwrap_or(false),
+            Per::Block => {
+                got.iter().product::<usize>() == spec.len
+                    && got.len() <= 1
+                    && (spec.len < 2 || stride == [1])
+            }
+        };
+        if !fits {
+            let accepted = match spec.per {
+                Per::Element => format!("shape {shape:?}, dense in the parameter's memory order"),
+                Per::Block => format!("a contiguous vector of {} elements", spec.len),
+            };
+            return refuse(format!("has shape {got:?} and strides {stride:?}"), &accepted);
+        }
+        Ok(Self {
+            key: PyString::intern(py, name).unbind(),
+            pointer: Tensor::pointer_of(&object)?,
+            object: object.unbind(),
+            bytes: spec.len * size,
+        })
+    }
+}
