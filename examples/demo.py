@@ -43,7 +43,7 @@ DEFAULT_OUT = Path(__file__).resolve().parent.parent / "target" / "demo"
 def quick(config: TrainConfig) -> TrainConfig:
     """The same path in a few seconds: same model, hardly any training."""
     return replace(
-        config, steps=30, warmup=5, evaluations=3, evaluation_windows=64, corpus_bytes=400_000
+        config, steps=20, warmup=5, evaluations=2, evaluation_windows=64, corpus_bytes=400_000
     )
 
 
