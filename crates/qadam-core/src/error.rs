@@ -126,6 +126,56 @@ pub enum Error {
         /// The format kept.
         expected: &'static str,
     },
+    /// There is no CUDA device that this crate could use.
+    #[error("CUDA is not available: {reason}")]
+    CudaUnavailable {
+        /// What is missing, in words.
+        reason: String,
+    },
+    /// A call of the CUDA driver failed.
+    #[error("{name} ({code}) while {doing}{}", crate::cuda::consequence(*code))]
+    Cuda {
+        /// The driver's name of the error.
+        name: String,
+        /// Its number.
+        code: u32,
+        /// What was being done.
+        doing: String,
+    },
+    /// Something that a CUDA graph cannot capture.
+    #[error("this step cannot be captured in a CUDA graph: {reason}")]
+    Capture {
+        /// Why, and what to do about it.
+        reason: String,
+    },
+    /// An address on a device that the kernels cannot use.
+    #[error(
+        "{what} of tensor {index} is at device address {address:#x}; a multiple of {accepted} \
+         other than 0 is accepted"
+    )]
+    Address {
+        /// Which buffer.
+        what: &'static str,
+        /// Position of the tensor among those given.
+        index: usize,
+        /// The address.
+        address: u64,
+        /// What it must be a multiple of, in bytes.
+        accepted: u64,
+    },
+    /// More dimensions than the kernels can walk.
+    #[error(
+        "tensor {index} and its gradient have {got} dimensions that cannot be merged; at most \
+         {accepted} are accepted (call .contiguous() on the gradient)"
+    )]
+    Dimensions {
+        /// Position of the tensor among those given.
+        index: usize,
+        /// How many dimensions are left after merging.
+        got: usize,
+        /// How many are accepted.
+        accepted: usize,
+    },
     /// A name that is not a supported element type.
     #[error("{name:?} is not an element type of qadam; {accepted} are", accepted = DType::NAMES)]
     UnknownDType {

@@ -159,6 +159,12 @@ impl Walk {
         self.dims.iter().map(|d| d.param as usize * (d.size - 1)).sum::<usize>() + 1
     }
 
+    /// Size, parameter stride and gradient stride of each dimension, innermost first; none where
+    /// the walk is flat.
+    pub(crate) fn dims(&self) -> impl ExactSizeIterator<Item = (usize, isize, isize)> + '_ {
+        self.dims.iter().rev().map(|d| (d.size, d.param, d.grad))
+    }
+
     /// Calls `visit` for the runs that make up elements `start..start + len`, in order.
     pub(crate) fn runs(&self, start: usize, len: usize, mut visit: impl FnMut(Run)) {
         debug_assert!(start + len <= self.len);

@@ -2,6 +2,7 @@
 
 pub mod codec;
 pub mod cpu;
+pub mod cuda;
 mod dtype;
 mod error;
 mod ieee;

@@ -1,0 +1,490 @@
+// Adam for all tensors of an optimizer in one launch.
+//
+// The launch's work is a list of chunks of whole 256-element blocks; a warp owns a chunk and, within
+// it, one block at a time, eight elements a lane. Warps never wait for each other: the scale of a
+// block is a warp's shuffle, and the step counts are advanced by the warp that finishes last, when
+// all others have read them.
+//
+// Everything that changes from step to step (hyperparameters, step counts, gradient pointers) is read
+// from device memory, so that a captured graph stays right when they change.
+#include "dynamic.cuh"
+#include "rule.cuh"
+
+// The structures below are `#[repr(C)]` in src/cuda/launch.rs.
+
+enum Access : u32 {
+    VECTOR = 0,   // dense and alike, 16-byte aligned
+    SCALAR = 1,   // dense and alike, aligned to an element only
+    STRIDED = 2,  // any strides
+};
+
+const int DIMS = 8;
+
+// Dimensions from the innermost in the parameter's memory order outwards; strides in elements.
+struct Strides {
+    u64 size[DIMS];
+    long long param[DIMS];
+    long long grad[DIMS];
+};
+
+struct Tensor {
+    u64 param;
+    u64 m, v;              // values (32-bit) or codes (8-bit)
+    u64 m_scale, v_scale;  // 8-bit only
+    u64 step;              // f32, how many steps the parameter has had
+    u64 len;
+    u32 hyper; // index
+    u32 param_dtype;
+    u32 grad_dtype;
+    u32 is_8bit;
+};
+
+// A gradient, which may be another tensor each step; address 0 skips the parameter.
+struct Grad {
+    u64 address;
+    u64 strides;  // a `Strides`, where the access is STRIDED
+    u32 access;
+    u32 unused;
+};
+
+struct Chunk {
+    u64 start;  // a multiple of BLOCK
+    u32 len;
+    u32 tensor;
+};
+
+struct Table {
+    const Tensor* tensors;
+    const Grad* grads;
+    const Chunk* chunks;
+    const Hyper* hypers;
+    u64* nonfinite;  // a count, in host memory that the device can reach
+    u32* arrived;    // warps that are done; 0 between launches
+    u64 chunk_count;
+    u64 tensor_count;
+};
+
+const int WARPS = 8;  // a thread block
+
+// Eight elements of a block belong to a lane: two runs of four, so that a warp's accesses are
+// contiguous.
+const int RUNS = 2, RUN = 4, LANE = RUNS * RUN;
+
+template <typename T>
+struct alignas(sizeof(T) * RUN) Vector {
+    T at[RUN];
+};
+
+// A block, and which of its elements a lane has.
+struct Place {
+    u64 start;  // in the tensor
+    int len;
+    int lane;
+    Vector<float>* stage;  // of the warp, in shared memory: BLOCK elements
+
+    __device__ __forceinline__ bool whole() const { return len == BLOCK; }
+    // Of a lane's vectors, counted in vectors from the block's first.
+    __device__ __forceinline__ int vector(int run) const { return run * 32 + lane; }
+};
+
+// How to reach the elements of a tensor.
+struct Path {
+    u64 base;
+    u32 access;
+    const u64* size;
+    const long long* strides;
+
+    // Where element `i` of the tensor lies, in elements from its first.
+    __device__ __forceinline__ u64 offset(u64 i) const {
+        if (access != STRIDED) return i;
+        u64 at = 0;
+#pragma unroll 1
+        for (int d = 0; d < DIMS && i > 0; d++) {
+            at += i % size[d] * strides[d];
+            i /= size[d];
+        }
+        return at;
+    }
+};
+
+__device__ __forceinline__ Path dense(u64 base) { return {base, VECTOR, nullptr, nullptr}; }
+
+template <typename T>
+__device__ __forceinline__ T* global(u64 address) {
+    return (T*)__cvta_global_to_generic(address);
+}
+
+enum DType : u32 { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+template <typename T>
+__device__ __forceinline__ void load_vectors(float (&to)[LANE], u64 base, const Place& place) {
+    typedef const Vector<typename T::Bits> Bits;
+    Bits* from = global<Bits>(base) + place.start / RUN;
+#pragma unroll
+    for (int run = 0; run < RUNS; run++) {
+        Bits vector = from[place.vector(run)];
+#pragma unroll
+        for (int i = 0; i < RUN; i++) to[run * RUN + i] = T::widen(vector.at[i]);
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void store_vectors(
+    const float (&from)[LANE], u64 base, const Place& place
+) {
+    typedef Vector<typename T::Bits> Bits;
+    Bits* to = global<Bits>(base) + place.start / RUN;
+#pragma unroll
+    for (int run = 0; run < RUNS; run++) {
+        Bits vector;
+#pragma unroll
+        for (int i = 0; i < RUN; i++) vector.at[i] = T::round(from[run * RUN + i]);
+        to[place.vector(run)] = vector;
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ float load_one(u64 base, u64 at) {
+    return T::widen(global<const typename T::Bits>(base)[at]);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_one(float from, u64 base, u64 at) {
+    global<typename T::Bits>(base)[at] = T::round(from);
+}
+
+// Loads a lane's elements; those beyond the block's end are 0. The type is known at run time: all
+// lanes branch alike, and there is one body of the update instead of nine. What cannot be loaded in
+// vectors is gathered in shared memory, an element at a time.
+__device__ __forceinline__ void load(
+    float (&to)[LANE], u32 dtype, const Path& path, const Place& place
+) {
+    if (path.access == VECTOR && place.whole()) {
+        if (dtype == FLOAT32) {
+            load_vectors<F32>(to, path.base, place);
+        } else if (dtype == BFLOAT16) {
+            load_vectors<BF16>(to, path.base, place);
+        } else {
+            load_vectors<F16>(to, path.base, place);
+        }
+        return;
+    }
+    float* stage = (float*)place.stage;
+#pragma unroll 1
+    for (int i = place.lane; i < BLOCK; i += 32) {
+        float x = 0.0f;
+        if (i < place.len) {
+            u64 at = path.offset(place.start + i);
+            x = dtype == FLOAT32    ? load_one<F32>(path.base, at)
+                : dtype == BFLOAT16 ? load_one<BF16>(path.base, at)
+                                    : load_one<F16>(path.base, at);
+        }
+        stage[i] = x;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int run = 0; run < RUNS; run++) {
+        Vector<float> vector = place.stage[place.vector(run)];
+#pragma unroll
+        for (int i = 0; i < RUN; i++) to[run * RUN + i] = vector.at[i];
+    }
+    __syncwarp();
+}
+
+__device__ __forceinline__ void store(
+    const float (&from)[LANE], u32 dtype, const Path& path, const Place& place
+) {
+    if (path.access == VECTOR && place.whole()) {
+        if (dtype == FLOAT32) {
+            store_vectors<F32>(from, path.base, place);
+        } else if (dtype == BFLOAT16) {
+            store_vectors<BF16>(from, path.base, place);
+        } else {
+            store_vectors<F16>(from, path.base, place);
+        }
+        return;
+    }
+    const float* stage = (const float*)place.stage;
+#pragma unroll
+    for (int run = 0; run < RUNS; run++) {
+        Vector<float> vector;
+#pragma unroll
+        for (int i = 0; i < RUN; i++) vector.at[i] = from[run * RUN + i];
+        place.stage[place.vector(run)] = vector;
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = place.lane; i < place.len; i += 32) {
+        u64 at = path.offset(place.start + i);
+        if (dtype == FLOAT32) {
+            store_one<F32>(stage[i], path.base, at);
+        } else if (dtype == BFLOAT16) {
+            store_one<BF16>(stage[i], path.base, at);
+        } else {
+            store_one<F16>(stage[i], path.base, at);
+        }
+    }
+    __syncwarp();
+}
+
+// A lane's codes. They stay packed until they are used: unpacked, they would take four times the
+// registers.
+struct Codes {
+    u32 of_run[RUNS];
+
+    __device__ __forceinline__ u32 at(int i) const {
+        return of_run[i / RUN] >> i % RUN * 8 & 0xFFu;
+    }
+
+    // In order.
+    __device__ __forceinline__ void set(int i, u32 code) {
+        of_run[i / RUN] = i % RUN == 0 ? code : of_run[i / RUN] | code << i % RUN * 8;
+    }
+
+    // Those beyond the block's end are `padding`.
+    __device__ __forceinline__ void load(u64 base, const Place& place, u32 padding) {
+        const u8* from = global<const u8>(base) + place.start;
+#pragma unroll
+        for (int run = 0; run < RUNS; run++) {
+            if (place.whole()) {
+                of_run[run] = ((const u32*)from)[place.vector(run)];
+                continue;
+            }
+#pragma unroll
+            for (int i = 0; i < RUN; i++) {
+                int at = place.vector(run) * RUN + i;
+                set(run * RUN + i, at < place.len ? from[at] : padding);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store(u64 base, const Place& place) const {
+        u8* to = global<u8>(base) + place.start;
+#pragma unroll
+        for (int run = 0; run < RUNS; run++) {
+            if (place.whole()) {
+                ((u32*)to)[place.vector(run)] = of_run[run];
+                continue;
+            }
+#pragma unroll
+            for (int i = 0; i < RUN; i++) {
+                int element = place.vector(run) * RUN + i;
+                if (element < place.len) to[element] = (u8)at(run * RUN + i);
+            }
+        }
+    }
+};
+
+__device__ __forceinline__ int warp_sum(int x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(WARP, x, distance);
+    return x;
+}
+
+// A lane's elements of a block, with their moments as values.
+struct Block {
+    float p[LANE], m[LANE], v[LANE];
+
+    // Updates them and returns how many gradients of the whole block were not finite. Elements beyond
+    // its end are zero and have zero gradients.
+    __device__ __forceinline__ int update(float (&g)[LANE], const Coefficients& c) {
+        bool usual = true;
+#pragma unroll
+        for (int i = 0; i < LANE; i++) {
+            g[i] = effective_gradient(p[i], g[i], c);
+            usual &= fabsf(g[i]) <= GRADIENT_LIMIT;
+        }
+        int nonfinite = 0;
+        if (__all_sync(WARP, usual)) {
+            bool nan = false;
+#pragma unroll
+            for (int i = 0; i < LANE; i++) {
+                set(i, advance(at(i), g[i], c));
+                nan |= is_nan(p[i]) | is_nan(m[i]) | is_nan(v[i]);
+            }
+            if (nan) {
+#pragma unroll
+                for (int i = 0; i < LANE; i++) set(i, canonical(at(i)));
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < LANE; i++) {
+                Element e = at(i);
+                nonfinite += !::update(e, g[i], c);
+                set(i, e);
+            }
+            nonfinite = warp_sum(nonfinite);
+        }
+        return nonfinite;
+    }
+
+    // Moments that are not, as can be where a gradient was not, count as 0.
+    __device__ __forceinline__ void make_finite() {
+#pragma unroll
+        for (int i = 0; i < LANE; i++) {
+            m[i] = is_finite(m[i]) ? m[i] : 0.0f;
+            v[i] = is_finite(v[i]) ? v[i] : 0.0f;
+        }
+    }
+
+    __device__ __forceinline__ Element at(int i) const { return {p[i], m[i], v[i]}; }
+
+    __device__ __forceinline__ void set(int i, const Element& e) {
+        p[i] = e.p;
+        m[i] = e.m;
+        v[i] = e.v;
+    }
+};
+
+// 8-bit moments of a block.
+struct Moments8 {
+    Codes m, v;
+    float *m_scale, *v_scale;
+
+    __device__ __forceinline__ Moments8(const Tensor& tensor, const Place& place) {
+        m.load(tensor.m, place, 127);
+        v.load(tensor.v, place, 0);
+        m_scale = global<float>(tensor.m_scale) + place.start / BLOCK;
+        v_scale = global<float>(tensor.v_scale) + place.start / BLOCK;
+    }
+
+    __device__ __forceinline__ void decode(Block& block, const Tables& tables) const {
+        float m_old = usable_scale(*m_scale), v_old = usable_scale(*v_scale);
+#pragma unroll
+        for (int i = 0; i < LANE; i++) {
+            block.m[i] = __fmul_rn(tables.of_signed.value[m.at(i)], m_old);
+            block.v[i] = __fmul_rn(tables.of_unsigned.value[v.at(i)], v_old);
+        }
+    }
+
+    __device__ __forceinline__ void encode(const Block& block, int lane, const Tables& tables) {
+        float m_max = warp_max(block.m), v_max = warp_max(block.v);
+        Normalizer m_normalizer(m_max), v_normalizer(v_max);
+#pragma unroll
+        for (int i = 0; i < LANE; i++) {
+            m.set(i, tables.encode_signed(m_normalizer.apply(block.m[i])));
+            float x = v_normalizer.apply(block.v[i]);
+            v.set(i, tables.encode_second_moment(x, block.v[i] > 0.0f));
+        }
+        if (lane == 0) {
+            *m_scale = m_max;
+            *v_scale = v_max;
+        }
+    }
+};
+
+// Updates one block and returns how many of its gradients were not finite.
+__device__ __forceinline__ int step_block(
+    const Tensor& tensor, const Path& param, const Path& grad, const Place& place,
+    const Coefficients& c, const Tables& tables
+) {
+    Block block;
+    float g[LANE];
+    load(g, tensor.grad_dtype, grad, place);
+    load(block.p, tensor.param_dtype, param, place);
+    if (!tensor.is_8bit) {
+        load(block.m, FLOAT32, dense(tensor.m), place);
+        load(block.v, FLOAT32, dense(tensor.v), place);
+        int nonfinite = block.update(g, c);
+        store(block.p, tensor.param_dtype, param, place);
+        store(block.m, FLOAT32, dense(tensor.m), place);
+        store(block.v, FLOAT32, dense(tensor.v), place);
+        return nonfinite;
+    }
+    Moments8 moments(tensor, place);
+    moments.decode(block, tables);
+    int nonfinite = block.update(g, c);
+    store(block.p, tensor.param_dtype, param, place);
+    if (nonfinite > 0) {  // the same in every lane
+        if (nonfinite == place.len && !c.propagate) return nonfinite;
+        block.make_finite();
+    }
+    moments.encode(block, place.lane, tables);
+    moments.m.store(tensor.m, place);
+    moments.v.store(tensor.v, place);
+    return nonfinite;
+}
+
+__device__ __forceinline__ u64 step_chunk(
+    const Tensor& tensor, const Grad& grad, const Chunk& chunk, const Hyper& hyper, int lane,
+    const Tables& tables, Vector<float>* stage
+) {
+    u64 t = (u64)*global<const float>(tensor.step) + 1;
+    Coefficients c = coefficients(hyper, t);
+    const Strides* s = (const Strides*)grad.strides;
+    Path param = {tensor.param, grad.access, s->size, s->param};
+    Path gradient = {grad.address, grad.access, s->size, s->grad};
+    u64 nonfinite = 0;
+#pragma unroll 1
+    for (u32 done = 0; done < chunk.len; done += BLOCK) {
+        int len = (int)min(chunk.len - done, (u32)BLOCK);
+        Place place = {chunk.start + done, len, lane, stage};
+        nonfinite += step_block(tensor, param, gradient, place, c, tables);
+    }
+    return nonfinite;
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32) qadam_step(const Table* __restrict__ table) {
+    __shared__ Tables tables;
+    __shared__ Vector<float> stages[WARPS][BLOCK / RUN];
+    tables.fill();
+    int lane = threadIdx.x % 32;
+    u64 warp = (u64)blockIdx.x * WARPS + threadIdx.x / 32;
+    if (warp >= table->chunk_count) return;
+    Chunk chunk = table->chunks[warp];
+    Grad grad = table->grads[chunk.tensor];
+    if (grad.address != 0) {
+        Tensor tensor = table->tensors[chunk.tensor];
+        u64 nonfinite = step_chunk(
+            tensor, grad, chunk, table->hypers[tensor.hyper], lane, tables, stages[threadIdx.x / 32]
+        );
+        if (nonfinite > 0 && lane == 0) atomicAdd_system(table->nonfinite, nonfinite);
+    }
+    // The last warp to get here advances the step counts: every other has read them.
+    __syncwarp();
+    u32 before = 0;
+    if (lane == 0) {
+        __threadfence();
+        before = atomicAdd(table->arrived, 1u);
+    }
+    if (__shfl_sync(WARP, before, 0) + 1 < table->chunk_count) return;
+    for (u64 i = lane; i < table->tensor_count; i += 32) {
+        if (table->grads[i].address == 0) continue;
+        float* step = (float*)table->tensors[i].step;
+        *step = __fadd_rn(*step, 1.0f);
+    }
+    if (lane == 0) *table->arrived = 0;
+}
+
+// For `NonFinite::Raise`: adds how many of each tensor's gradients are not finite to its count, which
+// the host set to 0. Writes nothing else.
+extern "C" __global__ void __launch_bounds__(WARPS * 32) qadam_count(
+    const Table* __restrict__ table, u64* counts
+) {
+    __shared__ Vector<float> stages[WARPS][BLOCK / RUN];
+    u64 warp = (u64)blockIdx.x * WARPS + threadIdx.x / 32;
+    if (warp >= table->chunk_count) return;
+    Chunk chunk = table->chunks[warp];
+    Grad grad = table->grads[chunk.tensor];
+    if (grad.address == 0) return;
+    Tensor tensor = table->tensors[chunk.tensor];
+    const Hyper& hyper = table->hypers[tensor.hyper];
+    float l2 = hyper.decoupled ? 0.0f : __double2float_rn(hyper.weight_decay);
+    const Strides* s = (const Strides*)grad.strides;
+    Path param = {tensor.param, grad.access, s->size, s->param};
+    Path gradient = {grad.address, grad.access, s->size, s->grad};
+    u64 nonfinite = 0;
+#pragma unroll 1
+    for (u32 done = 0; done < chunk.len; done += BLOCK) {
+        int len = (int)min(chunk.len - done, (u32)BLOCK), lane = threadIdx.x % 32;
+        Place place = {chunk.start + done, len, lane, stages[threadIdx.x / 32]};
+        float g[LANE], p[LANE] = {};
+        load(g, tensor.grad_dtype, gradient, place);
+        if (l2 != 0.0f) load(p, tensor.param_dtype, param, place);
+#pragma unroll
+        for (int i = 0; i < LANE; i++) {
+            nonfinite += !is_finite(l2 != 0.0f ? __fmaf_rn(l2, p[i], g[i]) : g[i]);
+        }
+    }
+    if (nonfinite > 0) atomicAdd_system(&counts[chunk.tensor], nonfinite);
+}

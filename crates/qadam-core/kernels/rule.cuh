@@ -1,0 +1,78 @@
+// The update of one element: `src/rule.rs` line by line. Every operation is an intrinsic that rounds
+// once, so that no compiler fuses or reorders.
+#pragma once
+#include "float.cuh"
+
+// As `launch::Hyper` on the host lays it out.
+struct Hyper {
+    double lr, beta1, beta2, eps, weight_decay;
+    u64 lr_address; // of an f32 that replaces `lr`, or 0
+    u32 decoupled;
+    u32 propagate;
+};
+
+struct Coefficients {
+    float w1, w2, step, eps, l2, shrink;
+    bool propagate;
+};
+
+// Square-and-multiply, as on the host.
+__device__ __forceinline__ double power(double base, u64 exponent) {
+    double result = 1.0, square = base;
+    while (exponent > 0) {
+        if (exponent & 1) result = __dmul_rn(result, square);
+        square = __dmul_rn(square, square);
+        exponent >>= 1;
+    }
+    return result;
+}
+
+__device__ __forceinline__ Coefficients coefficients(const Hyper& h, u64 t) {
+    double lr = h.lr_address != 0 ? (double)*(const float*)h.lr_address : h.lr;
+    double c1 = __dadd_rn(1.0, -power(h.beta1, t));
+    double root_c2 = __dsqrt_rn(__dadd_rn(1.0, -power(h.beta2, t)));
+    Coefficients c;
+    c.w1 = __double2float_rn(__dadd_rn(1.0, -h.beta1));
+    c.w2 = __double2float_rn(__dadd_rn(1.0, -h.beta2));
+    c.step = __double2float_rn(__ddiv_rn(__dmul_rn(lr, root_c2), c1));
+    c.eps = __double2float_rn(__dmul_rn(h.eps, root_c2));
+    c.l2 = h.decoupled ? 0.0f : __double2float_rn(h.weight_decay);
+    c.shrink = h.decoupled ? __double2float_rn(__dmul_rn(lr, h.weight_decay)) : 0.0f;
+    c.propagate = h.propagate != 0;
+    return c;
+}
+
+struct Element {
+    float p, m, v;
+};
+
+__device__ __forceinline__ float canonical(float x) {
+    return is_nan(x) ? __uint_as_float(0x7FC00000u) : x;
+}
+
+__device__ __forceinline__ Element canonical(const Element& e) {
+    return {canonical(e.p), canonical(e.m), canonical(e.v)};
+}
+
+__device__ __forceinline__ float effective_gradient(float p, float g, const Coefficients& c) {
+    return c.l2 == 0.0f ? g : __fmaf_rn(c.l2, p, g);
+}
+
+const float GRADIENT_LIMIT = 9223372036854775808.0f;
+
+// What a step makes of an element, by its effective gradient; NaNs are yet to be made canonical.
+__device__ __forceinline__ Element advance(const Element& e, float g, const Coefficients& c) {
+    float m = __fmaf_rn(c.w1, g, __fmaf_rn(-c.w1, e.m, e.m));
+    float v = __fmaf_rn(c.w2, __fmul_rn(g, g), __fmaf_rn(-c.w2, e.v, e.v));
+    float p = c.shrink == 0.0f ? e.p : __fmaf_rn(-c.shrink, e.p, e.p);
+    p = __fmaf_rn(-c.step, __fdiv_rn(m, __fadd_rn(__fsqrt_rn(v), c.eps)), p);
+    return {p, m, v};
+}
+
+// `update`, by the effective gradient. Returns whether it was finite.
+__device__ __forceinline__ bool update(Element& e, float g, const Coefficients& c) {
+    bool finite = is_finite(g);
+    if (finite) g = fminf(fmaxf(g, -GRADIENT_LIMIT), GRADIENT_LIMIT);
+    if (finite || c.propagate) e = canonical(advance(e, g, c));
+    return finite;
+}

@@ -1,0 +1,22 @@
+//! The CUDA back end: all tensors of an optimizer in one launch, on the caller's stream.
+//!
+//! Nothing here is needed to build: the driver is found when it is first asked for
+//! ([`availability`]), and the kernels are PTX that it compiles. `driver` speaks to it, `module`
+//! loads the kernels, `table` is the memory that host and kernels share, `plan` fills it, `memory`
+//! and `staging` own and upload it, `capture` keeps what CUDA graphs refer to, and [`Launcher`]
+//! puts them together.
+
+mod api;
+mod capture;
+mod driver;
+mod launch;
+mod memory;
+mod module;
+mod plan;
+mod staging;
+mod table;
+
+pub use driver::availability;
+pub(crate) use driver::consequence;
+pub use launch::Launcher;
+pub use plan::{DeviceState, DeviceStep};

@@ -1,0 +1,132 @@
+//! The memory that host and kernels share, as `kernels/adam.cu` and `rule.cuh` declare it.
+
+use std::mem::{offset_of, size_of};
+
+/// How many dimensions a [`Strides`] has.
+pub(super) const DIMS: usize = 8;
+
+/// How a chunk's parameter and gradient are reached (`enum Access`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum Access {
+    /// Dense and alike, aligned to four elements.
+    Vector = 0,
+    /// Dense and alike.
+    Scalar = 1,
+    /// By [`Strides`].
+    Strided = 2,
+}
+
+/// Dimensions from the innermost outwards; strides in elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct Strides {
+    pub size: [u64; DIMS],
+    pub param: [i64; DIMS],
+    pub grad: [i64; DIMS],
+}
+
+/// What stays the same from step to step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct Tensor {
+    pub param: u64,
+    pub m: u64,
+    pub v: u64,
+    pub m_scale: u64,
+    pub v_scale: u64,
+    pub step: u64,
+    pub len: u64,
+    pub hyper: u32,
+    pub param_dtype: u32,
+    pub grad_dtype: u32,
+    pub is_8bit: u32,
+}
+
+/// A gradient; address 0 skips the tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct Grad {
+    pub address: u64,
+    pub strides: u64,
+    pub access: u32,
+    pub unused: u32,
+}
+
+/// What one warp does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct Chunk {
+    pub start: u64,
+    pub len: u32,
+    pub tensor: u32,
+}
+
+/// Hyperparameters.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[repr(C)]
+pub(super) struct Hyper {
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    pub weight_decay: f64,
+    pub lr_address: u64,
+    pub decoupled: u32,
+    pub propagate: u32,
+}
+
+/// What a launch is given the address of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct Table {
+    pub tensors: u64,
+    pub grads: u64,
+    pub chunks: u64,
+    pub hypers: u64,
+    pub nonfinite: u64,
+    pub arrived: u64,
+    pub chunk_count: u64,
+    pub tensor_count: u64,
+}
+
+/// A structure without padding, all of whose bytes may be copied and compared.
+///
+/// # Safety
+/// The sum of the fields' sizes is the structure's size.
+pub(super) unsafe trait Plain: Copy {}
+
+macro_rules! plain {
+    ($($name:ident { $($field:ident: $at:literal),* } $size:literal)*) => {$(
+        const _: () = {
+            assert!(size_of::<$name>() == $size);
+            $(assert!(offset_of!($name, $field) == $at);)*
+        };
+        // SAFETY: the offsets and the size asserted above leave no gap between the fields.
+        unsafe impl Plain for $name {}
+    )*};
+}
+
+plain! {
+    Strides { size: 0, param: 64, grad: 128 } 192
+    Tensor {
+        param: 0, m: 8, v: 16, m_scale: 24, v_scale: 32, step: 40, len: 48, hyper: 56,
+        param_dtype: 60, grad_dtype: 64, is_8bit: 68
+    } 72
+    Grad { address: 0, strides: 8, access: 16, unused: 20 } 24
+    Chunk { start: 0, len: 8, tensor: 12 } 16
+    Hyper {
+        lr: 0, beta1: 8, beta2: 16, eps: 24, weight_decay: 32, lr_address: 40, decoupled: 48,
+        propagate: 52
+    } 56
+    Table {
+        tensors: 0, grads: 8, chunks: 16, hypers: 24, nonfinite: 32, arrived: 40,
+        chunk_count: 48, tensor_count: 56
+    } 64
+}
+
+/// The bytes of a list.
+pub(super) const fn bytes<T: Plain>(list: &[T]) -> &[u8] {
+    // SAFETY: `Plain` has no padding, so all bytes of the list are initialised.
+    unsafe { std::slice::from_raw_parts(list.as_ptr().cast(), size_of_val(list)) }
+}

@@ -1,0 +1,187 @@
+//! The device gives the CPU's bits.
+
+use cudarc::driver::result;
+use qadam_core::cuda::{Launcher, availability};
+use qadam_core::{DType, Hyper, NonFinite, StateFormat};
+
+use crate::device::{Stream, leaks, soft, use_device};
+use crate::model::{Model, Param};
+
+#[test]
+fn a_mixed_model_steps_as_on_the_cpu() {
+    let soft = soft();
+    let before = leaks(&soft);
+    {
+        let mut want = Model::mixed();
+        let mut got = want.on_device(&soft, 0);
+        let mut launcher = Launcher::new(0).unwrap();
+        let mut nonfinite = 0;
+        for round in 0..4 {
+            // SAFETY: the model's memory is the device's; the stand-in is done when it returns.
+            unsafe { launcher.step(&got.model.device_steps(), 0).unwrap() };
+            nonfinite += want.step();
+            got.model.assert_same(&want, &format!("round {round}"));
+            assert_eq!(launcher.nonfinite(), nonfinite);
+            for model in [&mut want, &mut got.model] {
+                model.refill_grads(round + 100);
+                if round == 1 {
+                    model.set_lr(0.03);
+                }
+            }
+            if round == 2 {
+                got.move_grads();
+            }
+        }
+        assert!(nonfinite > 100);
+    }
+    assert_eq!(leaks(&soft), before);
+    assert_eq!(soft.text("softgpu_findings"), "");
+    assert_eq!(soft.text("softgpu_stream_races"), "");
+}
+
+#[test]
+fn a_model_without_elements_counts_its_steps() {
+    let soft = soft();
+    let mut seed = 1;
+    let mut want =
+        Model(vec![Param::flat((DType::F32, DType::F32, StateFormat::F32), 0, &mut seed)]);
+    let got = want.on_device(&soft, 0);
+    let mut launcher = Launcher::new(0).unwrap();
+    for steps in 1..4_u8 {
+        // SAFETY: as above.
+        unsafe { launcher.step(&got.model.device_steps(), 0).unwrap() };
+        want.step();
+        got.model.assert_same(&want, "no elements");
+        assert_eq!(got.model.0[0].step.f32(), steps.into());
+    }
+}
+
+#[test]
+fn nonfinite_values_propagate_if_asked() {
+    let soft = soft();
+    let mut want = Model::small(6);
+    for param in &mut want.0 {
+        param.hyper = Hyper { nonfinite: NonFinite::Propagate, ..Hyper::adam() };
+    }
+    let got = want.on_device(&soft, 0);
+    let mut launcher = Launcher::new(0).unwrap();
+    for _ in 0..2 {
+        // SAFETY: as above.
+        unsafe { launcher.step(&got.model.device_steps(), 0).unwrap() };
+        want.step();
+        got.model.assert_same(&want, "propagated");
+    }
+}
+
+#[test]
+fn the_first_tensor_with_nonfinite_gradients_is_found_and_nothing_written() {
+    let soft = soft();
+    let mut seed = 3;
+    let kind = (DType::BF16, DType::F32, StateFormat::Dynamic8);
+    let mut model =
+        Model((0..5).map(|i| Param::flat(kind, 5000 * i, &mut seed)).collect::<Vec<_>>());
+    for param in &mut model.0 {
+        param.g.bytes_mut().fill(0);
+    }
+    let mut launcher = Launcher::new(0).unwrap();
+    let mut count = |model: &Model| {
+        let got = model.on_device(&soft, 0);
+        // SAFETY: as above.
+        let found = unsafe { launcher.count_nonfinite(&got.model.device_steps(), 0).unwrap() };
+        got.model.assert_same(model, "counted");
+        found
+    };
+    assert_eq!(count(&model), None);
+    let nan = f32::NAN.to_le_bytes();
+    for (param, elements) in [(4, vec![1, 19_999]), (2, vec![0, 4999, 5000, 9999])] {
+        for at in elements {
+            model.0[param].g.bytes_mut()[4 * at..4 * at + 4].copy_from_slice(&nan);
+        }
+    }
+    assert_eq!(count(&model), Some((2, 4)));
+    assert_eq!(count(&Model(model.0.split_off(3))), Some((1, 2)));
+
+    // An infinite parameter makes the gradient infinite through coupled decay only.
+    model.0[1].p.bytes_mut()[..2].copy_from_slice(&qadam_core::bf16::INFINITY.to_le_bytes());
+    model.0.truncate(2);
+    assert_eq!(count(&model), None);
+    model.0[1].hyper = Hyper { weight_decay: 0.1, ..Hyper::adam() };
+    assert_eq!(count(&model), Some((1, 1)));
+}
+
+#[test]
+fn every_kind_of_tensor_is_counted_as_on_the_cpu() {
+    let soft = soft();
+    let mut launcher = Launcher::new(0).unwrap();
+    let mut found = 0;
+    for param in Model::mixed().0.into_iter().filter(|param| param.has_grad) {
+        let model = Model(vec![param]);
+        let got = model.on_device(&soft, 0);
+        // SAFETY: as above.
+        let count = unsafe { launcher.count_nonfinite(&got.model.device_steps(), 0).unwrap() };
+        assert_eq!(count, model.count_nonfinite());
+        found += usize::from(count.is_some());
+    }
+    assert!(found > 10);
+}
+
+#[test]
+fn two_devices_step_their_own_tensors_and_the_current_context_stays() {
+    let soft = soft();
+    assert_eq!(availability(), Ok(2));
+    let mut want = Model::small(9);
+    let zero = want.on_device(&soft, 0);
+    let one = want.on_device(&soft, 1);
+    let theirs = use_device(1);
+    let mut launchers = [Launcher::new(0).unwrap(), Launcher::new(1).unwrap()];
+    for _ in 0..2 {
+        for (launcher, model) in launchers.iter_mut().zip([&zero, &one]) {
+            // SAFETY: as above.
+            unsafe { launcher.step(&model.model.device_steps(), 0).unwrap() };
+            assert_eq!(result::ctx::get_current().unwrap(), Some(theirs));
+        }
+        want.step();
+        zero.model.assert_same(&want, "device 0");
+        one.model.assert_same(&want, "device 1");
+    }
+    drop(launchers);
+    assert_eq!(result::ctx::get_current().unwrap(), Some(theirs));
+    let text = Launcher::new(2).unwrap_err().to_string();
+    assert_eq!(text, "CUDA is not available: there is no device 2, only 2");
+}
+
+#[test]
+fn changing_streams_are_ordered_one_behind_the_other() {
+    let soft = soft();
+    use_device(0);
+    let streams = [Stream::new(), Stream::new()];
+    let mut want = Model::small(5);
+    let mut got = want.on_device(&soft, 0);
+    let mut launcher = Launcher::new(0).unwrap();
+    for round in 0..6 {
+        let stream = streams[round % 2];
+        if round % 3 == 0 {
+            got.move_grads();
+        }
+        // SAFETY: as above.
+        unsafe { launcher.step(&got.model.device_steps(), stream.handle()).unwrap() };
+        // SAFETY: as above. A second step that uploads nothing must be waited for, too.
+        unsafe { launcher.step(&got.model.device_steps(), stream.handle()).unwrap() };
+        want.step();
+        want.step();
+    }
+    got.model.assert_same(&want, "two streams");
+    assert_eq!(soft.text("softgpu_stream_races"), "");
+
+    // A stream that is gone, against the contract, leaves work behind that must be waited for.
+    streams[1].destroy();
+    soft.clear();
+    // SAFETY: as above.
+    unsafe { launcher.step(&got.model.device_steps(), streams[0].handle()).unwrap() };
+    want.step();
+    got.model.assert_same(&want, "after a stream was destroyed");
+    assert_eq!(soft.syncs(), 1);
+    drop(launcher);
+    streams[0].synchronize();
+    streams[0].destroy();
+}

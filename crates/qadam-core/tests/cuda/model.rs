@@ -1,0 +1,343 @@
+//! A model twice over: one that the device steps, and one that the CPU does.
+
+use qadam_core::cpu::{self, Backend};
+use qadam_core::cuda::{DeviceState, DeviceStep};
+use qadam_core::rule::Coefficients;
+use qadam_core::{
+    DType, Error, Hyper, Moments8, Moments32, RawState, StateFormat, TensorStep, Walk, bf16, f16,
+};
+
+use crate::stand_in::Soft;
+
+/// Bytes that start at a multiple of 16, plus `skew`.
+#[derive(Clone)]
+pub struct Buffer {
+    words: Vec<u128>,
+    skew: usize,
+    len: usize,
+}
+
+impl Buffer {
+    pub fn new(len: usize, skew: usize) -> Self {
+        Self { words: vec![0; (len + skew).div_ceil(16) + 1], skew, len }
+    }
+
+    fn pointer(&self) -> *mut u8 {
+        // SAFETY: `skew` is within the words.
+        unsafe { self.words.as_ptr().cast::<u8>().cast_mut().add(self.skew) }
+    }
+
+    pub fn address(&self) -> u64 {
+        self.pointer() as u64
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: `len` bytes behind the pointer are within the words.
+        unsafe { std::slice::from_raw_parts(self.pointer(), self.len) }
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer(), self.len) }
+    }
+
+    fn fill(&mut self, dtype: DType, seed: &mut u64, trouble: bool) {
+        for element in self.bytes_mut().chunks_exact_mut(dtype.size()) {
+            let x = number(seed, trouble);
+            match dtype {
+                DType::F32 => element.copy_from_slice(&x.to_le_bytes()),
+                DType::BF16 => element.copy_from_slice(&bf16::from_f32(x).to_le_bytes()),
+                DType::F16 => element.copy_from_slice(&f16::from_f32(x).to_le_bytes()),
+            }
+        }
+    }
+
+    pub fn set_f32(&mut self, x: f32) {
+        self.bytes_mut()[..4].copy_from_slice(&x.to_le_bytes());
+    }
+
+    pub fn f32(&self) -> f32 {
+        f32::from_le_bytes(self.bytes()[..4].try_into().unwrap())
+    }
+}
+
+/// Numbers over many magnitudes; with `trouble`, some that are not finite.
+fn number(seed: &mut u64, trouble: bool) -> f32 {
+    *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    let bits = *seed >> 33;
+    if trouble && bits.is_multiple_of(97) {
+        return [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][bits as usize / 97 % 3];
+    }
+    let x = (bits & 0xFFFF) as f32 / 65536.0 - 0.5;
+    x * (-((bits >> 16 & 15) as f32)).exp2()
+}
+
+/// Shape, strides of the parameter, strides of the gradient.
+pub type Shape = (Vec<usize>, Vec<isize>, Vec<isize>);
+
+/// A parameter with its gradient and state.
+#[derive(Clone)]
+pub struct Param {
+    pub dtype: DType,
+    pub grad_dtype: DType,
+    pub format: StateFormat,
+    pub walk: Walk,
+    pub hyper: Hyper,
+    pub p: Buffer,
+    pub g: Buffer,
+    pub has_grad: bool,
+    pub state: Vec<Buffer>,
+    pub step: Buffer,
+}
+
+impl Param {
+    /// Random, with zero state; `skew` counts elements.
+    pub fn new(
+        (dtype, grad_dtype, format): (DType, DType, StateFormat),
+        (shape, param, grad): &Shape,
+        skew: (usize, usize),
+        hyper: Hyper,
+        seed: &mut u64,
+    ) -> Self {
+        let walk = Walk::new(shape, param, grad).unwrap();
+        let span = |strides: &[isize]| {
+            if walk.is_empty() {
+                return 0;
+            }
+            shape.iter().zip(strides).map(|(n, s)| (n - 1) * *s as usize).sum::<usize>() + 1
+        };
+        let mut p = Buffer::new(span(param) * dtype.size(), skew.0 * dtype.size());
+        p.fill(dtype, seed, false);
+        let mut g = Buffer::new(span(grad) * grad_dtype.size(), skew.1 * grad_dtype.size());
+        g.fill(grad_dtype, seed, true);
+        let state = qadam_core::State::zeros(format, walk.len());
+        let state: Vec<Vec<u8>> = match state {
+            qadam_core::State::F32 { exp_avg, exp_avg_sq } => {
+                [exp_avg, exp_avg_sq].map(|x| vec![0; 4 * x.len()]).to_vec()
+            }
+            qadam_core::State::Dynamic8 {
+                exp_avg_code,
+                exp_avg_scale,
+                exp_avg_sq_code,
+                exp_avg_sq_scale,
+            } => vec![
+                exp_avg_code,
+                vec![0; 4 * exp_avg_scale.len()],
+                exp_avg_sq_code,
+                vec![0; 4 * exp_avg_sq_scale.len()],
+            ],
+        };
+        let state = state.into_iter().map(|bytes| {
+            let mut buffer = Buffer::new(bytes.len(), 0);
+            buffer.bytes_mut().copy_from_slice(&bytes);
+            buffer
+        });
+        let (state, step) = (state.collect(), Buffer::new(4, 0));
+        Self { dtype, grad_dtype, format, walk, hyper, p, g, has_grad: true, state, step }
+    }
+
+    pub fn flat(kind: (DType, DType, StateFormat), len: usize, seed: &mut u64) -> Self {
+        let shape = (vec![len], vec![1], vec![1]);
+        Self::new(kind, &shape, (0, 0), Hyper::adamw(), seed)
+    }
+
+    /// For a launcher, if the buffers are known to the device.
+    pub fn device_step(&self) -> DeviceStep {
+        let at = |i: usize| self.state[i].address();
+        DeviceStep {
+            param: self.p.address(),
+            param_dtype: self.dtype,
+            grad: if self.has_grad { self.g.address() } else { 0 },
+            grad_dtype: self.grad_dtype,
+            walk: self.walk.clone(),
+            state: match self.format {
+                StateFormat::F32 => DeviceState::F32 { m: at(0), v: at(1) },
+                StateFormat::Dynamic8 => DeviceState::Dynamic8 {
+                    m_code: at(0),
+                    m_scale: at(1),
+                    v_code: at(2),
+                    v_scale: at(3),
+                },
+            },
+            step: self.step.address(),
+            hyper: self.hyper,
+            lr_address: None,
+        }
+    }
+
+    /// The same step on the CPU.
+    fn tensor_step(&mut self) -> TensorStep {
+        let t = self.step.f32() as u64 + 1;
+        self.step.set_f32(t as f32);
+        let at = |i: usize| self.state[i].pointer();
+        let state = match self.format {
+            StateFormat::F32 => RawState::F32(Moments32 { m: at(0).cast(), v: at(1).cast() }),
+            StateFormat::Dynamic8 => RawState::Dynamic8(Moments8 {
+                m_code: at(0),
+                m_scale: at(1).cast(),
+                v_code: at(2),
+                v_scale: at(3).cast(),
+            }),
+        };
+        // SAFETY: the buffers are as long as `new` made them, for this walk; nothing else uses them.
+        unsafe {
+            TensorStep::new(
+                (self.p.pointer(), self.dtype),
+                (self.g.pointer(), self.grad_dtype),
+                self.walk.clone(),
+                state,
+                Coefficients::new(&self.hyper, t),
+            )
+        }
+    }
+
+    fn buffers(&self) -> impl Iterator<Item = &Buffer> {
+        [&self.p, &self.g, &self.step].into_iter().chain(&self.state)
+    }
+}
+
+/// The parameters.
+#[derive(Clone)]
+pub struct Model(pub Vec<Param>);
+
+impl Model {
+    /// Every pairing of element types, both states, lengths where the code changes, alignments,
+    /// strides, and parameters without elements or without a gradient.
+    pub fn mixed() -> Self {
+        let mut seed = 1;
+        let mut params = Vec::new();
+        let lengths = [0, 1, 255, 256, 257, 4095, 4097, 513, 10_000];
+        for format in [StateFormat::F32, StateFormat::Dynamic8] {
+            for (i, len) in lengths.into_iter().enumerate() {
+                let kind = (DType::ALL[i % 3], DType::ALL[i / 3], format);
+                let hyper = if i % 2 == 0 { Hyper::adamw() } else { Hyper::adam() };
+                let shape = (vec![len], vec![1], vec![1]);
+                params.push(Param::new(kind, &shape, (i % 4, i % 3), hyper, &mut seed));
+            }
+            let kind = (DType::F32, DType::BF16, format);
+            for shape in [
+                (vec![20, 30], vec![30, 1], vec![1, 20]), // a transposed gradient
+                (vec![7, 5, 3, 2], vec![100, 1, 20, 7], vec![0, 2, 1, 0]), // anything goes
+            ] {
+                params.push(Param::new(kind, &shape, (0, 0), Hyper::adam(), &mut seed));
+            }
+            params.push(Param::flat(kind, 300, &mut seed));
+            if let Some(last) = params.last_mut() {
+                last.has_grad = false;
+            }
+        }
+        Self(params)
+    }
+
+    /// `count` small tensors.
+    pub fn small(count: usize) -> Self {
+        let mut seed = 7;
+        let kind = |i| {
+            let format = if i % 2 == 0 { StateFormat::F32 } else { StateFormat::Dynamic8 };
+            (DType::F32, DType::F32, format)
+        };
+        Self((0..count).map(|i| Param::flat(kind(i), 16 + i % 300, &mut seed)).collect())
+    }
+
+    /// A copy that device `ordinal` can use.
+    pub fn on_device<'a>(&self, soft: &'a Soft, ordinal: i32) -> OnDevice<'a> {
+        let mut device = OnDevice { soft, ordinal, model: self.clone() };
+        device.adopt();
+        device
+    }
+
+    pub fn device_steps(&self) -> Vec<DeviceStep> {
+        self.0.iter().map(Param::device_step).collect()
+    }
+
+    /// One step on the CPU; counts what is not finite.
+    pub fn step(&mut self) -> u64 {
+        let with_grad = self.0.iter_mut().filter(|param| param.has_grad);
+        let steps: Vec<TensorStep> = with_grad.map(Param::tensor_step).collect();
+        // SAFETY: all buffers are distinct.
+        unsafe { cpu::run(&steps, Backend::Scalar, 1).unwrap() as u64 }
+    }
+
+    /// The first parameter with non-finite gradients, and how many, by the CPU.
+    pub fn count_nonfinite(&self) -> Option<(usize, usize)> {
+        let mut model = self.clone();
+        let steps: Vec<TensorStep> = model.0.iter_mut().map(Param::tensor_step).collect();
+        // SAFETY: all buffers are distinct.
+        match unsafe { cpu::count_nonfinite(&steps, 1) } {
+            Ok(()) => None,
+            Err(Error::NonFiniteGradient { index, count }) => Some((index, count)),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    pub fn set_lr(&mut self, lr: f64) {
+        self.0.iter_mut().for_each(|param| param.hyper.lr = lr);
+    }
+
+    /// New gradients, the same for every copy of the model.
+    pub fn refill_grads(&mut self, mut seed: u64) {
+        for param in &mut self.0 {
+            param.g.fill(param.grad_dtype, &mut seed, true);
+        }
+    }
+
+    /// Fails where a bit differs, but for gradients.
+    #[track_caller]
+    pub fn assert_same(&self, other: &Self, what: &str) {
+        for (i, (a, b)) in self.0.iter().zip(&other.0).enumerate() {
+            let about = format!("{what}: {} of {:?}", i, (a.dtype, a.grad_dtype, a.format));
+            assert!(a.p.bytes() == b.p.bytes(), "parameter {about}");
+            assert_eq!(a.step.f32(), b.step.f32(), "step count {about}");
+            for (k, (a, b)) in a.state.iter().zip(&b.state).enumerate() {
+                assert!(a.bytes() == b.bytes(), "state {k} of {about}");
+            }
+        }
+    }
+}
+
+/// A model whose buffers a device takes for its own memory.
+pub struct OnDevice<'a> {
+    soft: &'a Soft,
+    ordinal: i32,
+    pub model: Model,
+}
+
+impl OnDevice<'_> {
+    fn adopt(&mut self) {
+        for param in &mut self.model.0 {
+            let Param { p, g, step, state, .. } = param;
+            for buffer in [p, g, step].into_iter().chain(state) {
+                if buffer.len > 0 {
+                    assert_eq!(self.soft.adopt(buffer.bytes_mut(), self.ordinal), 0);
+                }
+            }
+        }
+    }
+
+    fn release(&self) {
+        for buffer in self.model.0.iter().flat_map(Param::buffers) {
+            if buffer.len > 0 {
+                self.soft.unadopt(buffer.address());
+            }
+        }
+    }
+
+    /// Moves every gradient to new memory.
+    pub fn move_grads(&mut self) {
+        for param in &mut self.model.0 {
+            let moved = param.g.clone();
+            if moved.bytes().is_empty() {
+                continue;
+            }
+            assert_eq!(self.soft.unadopt(param.g.address()), 0);
+            param.g = moved;
+            assert_eq!(self.soft.adopt(param.g.bytes_mut(), self.ordinal), 0);
+        }
+    }
+}
+
+impl Drop for OnDevice<'_> {
+    fn drop(&mut self) {
+        self.release();
+    }
+}

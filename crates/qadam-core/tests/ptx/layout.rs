@@ -1,0 +1,75 @@
+//! What the kernel reads, as `kernels/adam.cu` declares it.
+//! (To be replaced by the structures of `src/cuda/launch.rs`, which are the same.)
+
+pub const VECTOR: u32 = 0;
+pub const SCALAR: u32 = 1;
+pub const STRIDED: u32 = 2;
+
+pub const DIMS: usize = 8;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Hyper {
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    pub weight_decay: f64,
+    pub lr_address: u64,
+    pub decoupled: u32,
+    pub propagate: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Strides {
+    pub size: [u64; DIMS],
+    pub param: [i64; DIMS],
+    pub grad: [i64; DIMS],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Tensor {
+    pub param: u64,
+    pub m: u64,
+    pub v: u64,
+    pub m_scale: u64,
+    pub v_scale: u64,
+    pub step: u64,
+    pub len: u64,
+    pub hyper: u32,
+    pub param_dtype: u32,
+    pub grad_dtype: u32,
+    pub is_8bit: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct Grad {
+    pub address: u64,
+    pub strides: u64,
+    pub access: u32,
+    pub unused: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Chunk {
+    pub start: u64,
+    pub len: u32,
+    pub tensor: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Table {
+    pub tensors: u64,
+    pub grads: u64,
+    pub chunks: u64,
+    pub hypers: u64,
+    pub nonfinite: u64,
+    pub arrived: u64,
+    pub chunk_count: u64,
+    pub tensor_count: u64,
+}

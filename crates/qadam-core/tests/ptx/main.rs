@@ -1,0 +1,365 @@
+//! The PTX that ships, run on the software GPU: bit-equal to the scalar CPU back end.
+
+mod device;
+mod layout;
+mod model;
+mod numbers;
+
+use device::{Gpu, PTX};
+use layout::{Chunk, Grad, SCALAR, STRIDED, VECTOR};
+use model::{Buffer, Group, Place, Step, Tensor, compare, encode};
+use numbers::{Kind, Numbers};
+use proptest::prelude::*;
+use qadam_core::{DType, Decay, Hyper, NonFinite, StateFormat};
+
+const FORMATS: [StateFormat; 2] = [StateFormat::F32, StateFormat::Dynamic8];
+
+fn pairings() -> impl Iterator<Item = (DType, DType)> {
+    DType::ALL.into_iter().flat_map(|param| DType::ALL.map(|grad| (param, grad)))
+}
+
+/// Coupled and decoupled decay, and none; both ways with non-finite gradients.
+fn groups() -> Vec<Group> {
+    let mut groups = Vec::new();
+    for nonfinite in [NonFinite::Skip, NonFinite::Propagate] {
+        for (decay, weight_decay) in
+            [(Decay::Coupled, 0.0), (Decay::Coupled, 0.1), (Decay::Decoupled, 0.01)]
+        {
+            let hyper = Hyper { lr: 1e-2, weight_decay, decay, nonfinite, ..Hyper::adam() };
+            groups.push(Group::from(hyper));
+        }
+    }
+    groups
+}
+
+/// `count` steps, each with gradients for all.
+fn steps(numbers: &mut Numbers, kind: Kind, tensors: &[Tensor], count: usize) -> Vec<Step> {
+    let mut step = || Step {
+        groups: groups(),
+        grads: tensors.iter().map(|tensor| Some(numbers.grad(kind, tensor))).collect(),
+    };
+    (0..count).map(|_| step()).collect()
+}
+
+/// Every format and pairing at all places, in one launch; the groups go round.
+fn everywhere(numbers: &mut Numbers, kind: Kind, places: &[Place]) -> Vec<Tensor> {
+    let mut tensors = Vec::new();
+    for format in FORMATS {
+        for pairing in pairings() {
+            for place in places {
+                let mut tensor = numbers.tensor(kind, place.clone(), pairing, format);
+                tensor.group = tensors.len() % groups().len();
+                tensors.push(tensor);
+            }
+        }
+    }
+    tensors
+}
+
+const LENGTHS: [usize; 7] = [0, 1, 255, 256, 257, 4095, 4097];
+
+#[test]
+fn all_types_and_lengths() {
+    let mut numbers = Numbers(1);
+    let places = LENGTHS.map(Place::dense);
+    for kind in [Kind::Ordinary, Kind::Adversarial] {
+        let tensors = everywhere(&mut numbers, kind, &places);
+        compare(&tensors, &steps(&mut numbers, kind, &tensors, 2), 1024);
+    }
+}
+
+#[test]
+fn tensors_aligned_to_an_element_only() {
+    let mut numbers = Numbers(2);
+    let shifts = [(1, 0), (0, 1), (1, 3), (7, 7)];
+    let place = |(i, &len): (usize, &usize)| {
+        let (param, grad) = shifts[i % shifts.len()];
+        Place::dense(len).shifted(param, grad)
+    };
+    let places: Vec<Place> = LENGTHS.iter().enumerate().map(place).collect();
+    let tensors = everywhere(&mut numbers, Kind::Adversarial, &places);
+    compare(&tensors, &steps(&mut numbers, Kind::Adversarial, &tensors, 1), 2048);
+}
+
+#[test]
+fn tensors_of_any_strides() {
+    let mut numbers = Numbers(3);
+    let places = [
+        Place::strided(&[37, 23], &[23, 1], &[1, 37]), // the gradient transposed
+        Place::strided(&[37, 23], &[1, 37], &[23, 1]), // the parameter transposed
+        Place::strided(&[19, 30], &[41, 1], &[30, 1]), // a slice of rows
+        Place::strided(&[300], &[3], &[2]),            // every third element
+        Place::strided(&[2, 5, 7, 9], &[315, 1, 45, 5], &[315, 63, 9, 1]), // channels_last
+        Place::strided(&[20, 30], &[30, 1], &[0, 1]),  // an expanded gradient
+        Place::strided(&[600], &[1], &[0]),            // a gradient of one number, as sum() gives
+        Place::strided(&[1, 1], &[9, 7], &[3, 5]).shifted(1, 1),
+        Place::strided(
+            &[2, 3, 2, 2, 2, 2, 2, 3],
+            &[400, 130, 60, 29, 13, 6, 3, 1],
+            &[1, 2, 6, 12, 24, 48, 96, 192],
+        ),
+    ];
+    let tensors = everywhere(&mut numbers, Kind::Adversarial, &places);
+    compare(&tensors, &steps(&mut numbers, Kind::Adversarial, &tensors, 1), 256);
+}
+
+#[test]
+fn many_steps_with_gradients_that_come_and_go() {
+    let mut numbers = Numbers(4);
+    let places = [Place::dense(300), Place::dense(20).shifted(1, 2)];
+    let tensors = everywhere(&mut numbers, Kind::Ordinary, &places);
+    let mut steps = steps(&mut numbers, Kind::Ordinary, &tensors, 12);
+    for (i, step) in steps.iter_mut().enumerate() {
+        for group in &mut step.groups[..3] {
+            group.lr_on_device = true; // and changes
+        }
+        for (j, group) in step.groups.iter_mut().enumerate() {
+            group.hyper.lr = 0.1 / (i + j + 1) as f64;
+        }
+        for grad in step.grads.iter_mut().skip(i % 5).step_by(3) {
+            *grad = None;
+        }
+    }
+    steps[6].grads.fill(None);
+    compare(&tensors, &steps, 256);
+}
+
+#[test]
+fn hyperparameters_at_their_ends() {
+    let mut numbers = Numbers(5);
+    let tensors: Vec<Tensor> = FORMATS
+        .into_iter()
+        .flat_map(|format| (0..8).map(move |group| (format, group)))
+        .map(|(format, group)| {
+            let pairing = (DType::F32, DType::F32);
+            let mut tensor = numbers.tensor(Kind::Ordinary, Place::dense(257), pairing, format);
+            tensor.group = group;
+            tensor.step = [0.0, 1.0, 9_999.0, 1_000_000.0][group % 4];
+            tensor
+        })
+        .collect();
+    let hyper = |lr, beta1, beta2, eps| Hyper { lr, beta1, beta2, eps, ..Hyper::adamw() };
+    let groups = [
+        hyper(1e-3, 0.0, 0.0, 0.0),
+        hyper(0.0, 0.9, 0.999, 1e-8),
+        hyper(1e30, 0.9, 0.999, 1e-8),
+        hyper(1e-30, 0.5, 0.999_999_9, 1e30),
+        hyper(1e-3, 0.999_999_999_999, 0.1, 1e-45),
+        Hyper { weight_decay: 1e30, ..Hyper::adam() },
+        Hyper { weight_decay: 1e30, ..Hyper::adamw() },
+        Hyper { nonfinite: NonFinite::Propagate, weight_decay: 1e38, ..Hyper::adam() },
+    ];
+    let step = Step {
+        groups: groups.map(Group::from).to_vec(),
+        grads: tensors.iter().map(|tensor| Some(numbers.grad(Kind::Ordinary, tensor))).collect(),
+    };
+    compare(&tensors, &[step.clone(), step], 512);
+}
+
+#[test]
+fn blocks_without_one_finite_gradient_keep_their_state() {
+    let mut numbers = Numbers(6);
+    let places = [256, 512, 70].map(Place::dense);
+    let tensors = everywhere(&mut numbers, Kind::Adversarial, &places);
+    let grads = tensors.iter().map(|tensor| {
+        let mut values = vec![f32::NAN; tensor.place.len()];
+        if let Some(in_second_block) = values.get_mut(259) {
+            *in_second_block = 0.5;
+        }
+        Some(Buffer::new(&encode(&values, tensor.grad_dtype)))
+    });
+    let step = Step { groups: groups(), grads: grads.collect() };
+    compare(&tensors, &[step], 256);
+}
+
+/// The bytes of a run with each of several cuts of the same work.
+#[test]
+fn no_cut_into_chunks_changes_a_bit() {
+    let mut numbers = Numbers(7);
+    let tensors =
+        everywhere(&mut numbers, Kind::Ordinary, &[Place::dense(5000), Place::dense(256)]);
+    let steps = steps(&mut numbers, Kind::Ordinary, &tensors, 1);
+    for chunk in [256, 768, 4096, 1 << 20] {
+        compare(&tensors, &steps, chunk);
+    }
+}
+
+/// The last blocks of a tensor of more than 2^33 elements, whose other pages are never touched.
+#[test]
+fn the_end_of_a_huge_tensor() {
+    const START: u64 = (1 << 33) - 256;
+    const LEN: usize = 256 + 77;
+    let mut numbers = Numbers(8);
+    for (ptx, format) in PTX.into_iter().flat_map(|ptx| FORMATS.map(|format| (ptx, format))) {
+        for access in [VECTOR, SCALAR, STRIDED] {
+            let pairing = (DType::BF16, DType::F16);
+            let place = match access {
+                STRIDED => Place::strided(&[LEN], &[2], &[3]),
+                _ => Place::dense(LEN).shifted(usize::from(access == SCALAR), 0),
+            };
+            let mut end = numbers.tensor(Kind::Ordinary, place.clone(), pairing, format);
+            let grad = numbers.grad(Kind::Ordinary, &end);
+
+            let mut gpu = Gpu::new(ptx);
+            let total = START + LEN as u64;
+            // the buffer that ends with `bytes`, which belong to elements from START on
+            let mut reserve = |buffer: &Buffer, before: u64| {
+                let at = gpu.reserve(before + buffer.bytes().len() as u64);
+                gpu.write(at + before, buffer.bytes());
+                at
+            };
+            let strides = (place.param[0] as u64, place.grad[0] as u64);
+            let param = reserve(&end.param, START * strides.0 * 2);
+            let grad_at = reserve(&grad, START * strides.1 * 2);
+            let before = match format {
+                StateFormat::F32 => vec![START * 4, START * 4],
+                StateFormat::Dynamic8 => vec![START, START / 64, START, START / 64],
+            };
+            let state: Vec<u64> = end
+                .state
+                .iter()
+                .zip(&before)
+                .map(|(buffer, &before)| reserve(buffer, before))
+                .collect();
+            let [m, m_scale, v, v_scale] = match state[..] {
+                [m, v] => [m, 0, v, 0],
+                _ => [state[0], state[1], state[2], state[3]],
+            };
+            let mut table = place.table();
+            table.size[0] = total;
+            let shift = (place.shift.0 * 2) as u64;
+            let tensor = layout::Tensor {
+                param: param + shift,
+                m,
+                v,
+                m_scale,
+                v_scale,
+                step: gpu.upload(&[end.step]),
+                len: total,
+                hyper: 0,
+                param_dtype: pairing.0 as u32,
+                grad_dtype: pairing.1 as u32,
+                is_8bit: (format == StateFormat::Dynamic8).into(),
+            };
+            let strides_at = gpu.upload(&[table]);
+            let grads = [Grad { address: grad_at, strides: strides_at, access, unused: 0 }];
+            let chunk = Chunk { start: START, len: LEN as u32, tensor: 0 };
+            let group = Group::from(Hyper::adamw());
+            let hypers = [group.table(&mut gpu)];
+            gpu.step((&[tensor], &hypers), &grads, &[chunk]);
+
+            let step = Step { groups: vec![group], grads: vec![Some(grad)] };
+            model::step_on_cpu(std::slice::from_mut(&mut end), &step);
+            let before = std::iter::once(START * strides.0 * 2).chain(before);
+            let buffers = std::iter::once(&end.param).chain(&end.state);
+            let addresses = std::iter::once(param).chain(state);
+            for ((buffer, address), before) in buffers.zip(addresses).zip(before) {
+                let got = gpu.read::<u8>(address + before, buffer.bytes().len());
+                assert!(got == buffer.bytes(), "sm_{}, {format:?}, access {access}", ptx.0);
+            }
+        }
+    }
+}
+
+/// Work that creeps into the loops shows here first; the aim is memory's speed.
+#[test]
+fn instructions_an_element() {
+    let mut numbers = Numbers(9);
+    for format in FORMATS {
+        for dtype in DType::ALL {
+            let place = Place::dense(1 << 16);
+            let tensor = numbers.tensor(Kind::Ordinary, place, (dtype, dtype), format);
+            let step = &steps(&mut numbers, Kind::Ordinary, std::slice::from_ref(&tensor), 1)[0];
+            for ptx in PTX {
+                let count = model::instructions(ptx, &tensor, step);
+                let most = match format {
+                    StateFormat::F32 => 100.0,
+                    StateFormat::Dynamic8 => 250.0,
+                };
+                println!("sm_{}, {}, {}: {count:.1}", ptx.0, dtype.name(), format.name());
+                assert!(count < most, "sm_{}, {dtype:?}, {format:?}: {count}", ptx.0);
+            }
+        }
+    }
+}
+
+/// A place of one to four dimensions in any memory order, possibly with gaps, with a gradient of
+/// any other order, possibly expanded.
+fn places() -> impl Strategy<Value = Place> {
+    let dense = (0_usize..600, 0_usize..9, 0_usize..9)
+        .prop_map(|(len, param, grad)| Place::dense(len).shifted(param, grad));
+    let dims = prop::collection::vec((1_usize..9, 0_isize..3, any::<bool>()), 1..=4);
+    let strided = dims.prop_flat_map(|dims| {
+        let order: Vec<usize> = (0..dims.len()).collect();
+        (Just(dims), Just(order.clone()).prop_shuffle(), Just(order).prop_shuffle())
+    });
+    let strided = strided.prop_map(|(dims, param_order, grad_order)| {
+        let shape: Vec<usize> = dims.iter().map(|dim| dim.0).collect();
+        let (mut param, mut grad) = (vec![0; shape.len()], vec![0; shape.len()]);
+        let mut stride = 1;
+        for d in param_order {
+            stride += dims[d].1;
+            param[d] = stride;
+            stride *= shape[d] as isize;
+        }
+        let mut stride = 1;
+        for d in grad_order {
+            let expanded = dims[d].2 && dims[d].1 == 0;
+            grad[d] = if expanded { 0 } else { stride };
+            stride *= shape[d] as isize;
+        }
+        Place { shape, param, grad, shift: (0, 0) }
+    });
+    prop_oneof![dense, strided]
+}
+
+fn hypers() -> impl Strategy<Value = Group> {
+    let beta = prop::sample::select(vec![0.0, 0.5, 0.9, 0.95, 0.999]);
+    let decay = prop::sample::select(vec![Decay::Coupled, Decay::Decoupled]);
+    let nonfinite = prop::sample::select(vec![NonFinite::Skip, NonFinite::Propagate]);
+    let rate = prop::sample::select(vec![0.0, 1e-8, 1e-3, 0.1, 1e3]);
+    let rates = (rate.clone(), rate.clone(), rate);
+    (rates, beta.clone(), beta, decay, nonfinite, any::<bool>()).prop_map(
+        |((lr, eps, weight_decay), beta1, beta2, decay, nonfinite, lr_on_device)| Group {
+            hyper: Hyper { lr, beta1, beta2, eps, weight_decay, decay, nonfinite },
+            lr_on_device,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+
+    #[test]
+    fn anything_goes(
+        places in prop::collection::vec(places(), 1..5),
+        groups in prop::collection::vec(hypers(), 3),
+        chunk in 1_usize..5,
+        seed in any::<u64>(),
+    ) {
+        let mut numbers = Numbers(seed);
+        let pairings: Vec<_> = pairings().collect();
+        let tensors: Vec<Tensor> = places
+            .into_iter()
+            .map(|place| {
+                let pairing = pairings[numbers.below(9)];
+                let format = FORMATS[numbers.below(2)];
+                let mut tensor = numbers.tensor(Kind::Adversarial, place, pairing, format);
+                tensor.group = numbers.below(3);
+                tensor
+            })
+            .collect();
+        let mut step = || Step {
+            groups: groups.clone(),
+            grads: tensors
+                .iter()
+                .map(|tensor| {
+                    let grad = numbers.grad(Kind::Adversarial, tensor);
+                    (numbers.below(6) > 0).then_some(grad)
+                })
+                .collect(),
+        };
+        let steps = [step(), step()];
+        compare(&tensors, &steps, chunk * 256);
+    }
+}
