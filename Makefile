@@ -6,17 +6,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: demo test lint rust-test wheel bench clean
+.PHONY: demo test lint rust-test ptx ptx-check wheel bench clean
 
 demo: wheel
 	$(BIN)/python examples/demo.py
 
-test: lint rust-test wheel
+test: lint ptx-check rust-test wheel
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest qadam._core --ignore-disjoint-bases
 	$(BIN)/pytest
+	cargo build --package softgpu --locked --quiet
+	QADAM_SOFTGPU=$(CURDIR)/target/debug/libsoftgpu.so $(BIN)/pytest -m "not cpu_only"
 
 lint:
 	cargo fmt --all --check
@@ -25,6 +27,13 @@ lint:
 
 rust-test:
 	cargo test --workspace --locked --quiet
+
+# The kernels as shipped: compiled, and compared with what is committed (Linux on x86-64).
+ptx: $(VENV)/.installed
+	$(BIN)/python crates/qadam-core/kernels/build.py
+
+ptx-check: $(VENV)/.installed
+	$(BIN)/python crates/qadam-core/kernels/build.py --check
 
 # The package as users get it: built as a wheel, installed into the virtual environment.
 wheel: $(VENV)/.installed

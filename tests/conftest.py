@@ -1,11 +1,39 @@
 """Helpers for all tests: identical parameters, seeded gradients, comparison bit by bit."""
 
+import os
+
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 import qadam
 from qadam import _core
+
+if "QADAM_SOFTGPU" in os.environ:
+    # before anything else asks for CUDA
+    from software_device import SoftwareDevice
+
+    SOFTWARE = SoftwareDevice(os.environ["QADAM_SOFTGPU"])
+else:
+    SOFTWARE = None
+
+
+@pytest.fixture
+def device():
+    """The device of the tests marked ``cuda``: a GPU, or CPU tensors that stand in for one."""
+    if SOFTWARE is not None:
+        return "cpu"
+    assert torch.cuda.is_available(), "set QADAM_SOFTGPU to libsoftgpu.so, or run where a GPU is"
+    return "cuda"
+
+
+@pytest.fixture
+def software():
+    """Control of the software device."""
+    yield SOFTWARE
+    SOFTWARE.disarm()
+
 
 BLOCK = 256
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

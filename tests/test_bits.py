@@ -10,6 +10,8 @@ from functools import cache
 
 import pytest
 
+pytestmark = pytest.mark.cpu_only
+
 # Answers questions, each in a fork of one process that has imported torch and not stepped: qadam
 # reads its variables once.
 SCRIPT = """

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from qadam import _core
 
+pytestmark = pytest.mark.cpu_only
+
 BLOCK = 256
 SIGNED = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 TIE = 2.0**-23

@@ -14,6 +14,8 @@ from types import ModuleType
 import pytest
 import torch
 
+pytestmark = pytest.mark.cpu_only
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TORCH = "torch.optim.AdamW(fused=True)"
 

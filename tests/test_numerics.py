@@ -17,6 +17,8 @@ from torch.nn import functional as F
 import qadam
 from qadam import _core
 
+pytestmark = pytest.mark.cpu_only
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 P_SCALES = torch.tensor([0.0, 1e-3, 3e-2, 1.0])
 G_SCALES = torch.tensor([1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0])

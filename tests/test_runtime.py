@@ -23,6 +23,8 @@ from torch import Tensor
 
 import qadam
 
+pytestmark = pytest.mark.cpu_only
+
 BITS = pytest.mark.parametrize("bits", [32, 8])
 N = 300_000
 """Elements that are spread over threads."""

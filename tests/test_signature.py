@@ -13,6 +13,8 @@ import qadam
 import qadam.optim
 from qadam import _core
 
+pytestmark = pytest.mark.cpu_only
+
 BASE = ["Adam", "Adam8bit", "Adam32bit", "AdamW", "AdamW8bit", "AdamW32bit"]
 PAGED = [f"Paged{name}" for name in BASE]
 SIGNATURE = {

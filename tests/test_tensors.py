@@ -237,7 +237,7 @@ def test_integer_sparse_and_meta_parameters_are_refused_at_construction():
         qadam.AdamW([good, Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False)])
     with pytest.raises(TypeError, match=r"parameter 1 .*sparse_coo.*strided is accepted"):
         qadam.AdamW([good, Parameter(torch.zeros(3, 3).to_sparse())])
-    with pytest.raises(ValueError, match=r"parameter 1 .*meta.*accepts cpu"):
+    with pytest.raises(ValueError, match=r"parameter 1 .*meta.*accepted"):
         qadam.AdamW([good, Parameter(torch.zeros(3, device="meta"))])
 
 
@@ -280,7 +280,7 @@ WRONG = {
     "sparse": (lambda: torch.eye(4, 3).to_sparse(), TypeError, "sparse_coo.*strided is accepted"),
     "csr": (sparse_csr, TypeError, "sparse_csr.*strided is accepted"),
     "mkldnn": (lambda: torch.ones(4, 3).to_mkldnn(), TypeError, "mkldnn.*strided is accepted"),
-    "meta": (lambda: torch.ones(4, 3, device="meta"), ValueError, "meta.*accepts cpu"),
+    "meta": (lambda: torch.ones(4, 3, device="meta"), ValueError, "meta.*accepted"),
     "shape": (lambda: torch.ones(3, 4), ValueError, r"shape torch.Size\(\[3, 4\]\)"),
     "rank": (lambda: torch.ones(1, 4, 3), ValueError, r"shape torch.Size\(\[1, 4, 3\]\)"),
     "broadcastable": (lambda: torch.ones(3), ValueError, r"shape torch.Size\(\[3\]\)"),
@@ -685,7 +685,17 @@ WRONG_STATE = {
 }
 
 
-@pytest.mark.parametrize("damage", list(WRONG_STATE.values()), ids=list(WRONG_STATE.keys()))
+# a device counts its steps itself, and is not waited for
+ON_THE_HOST = ("negative step", "NaN step")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(damage, id=name, marks=[pytest.mark.cpu_only] * (name in ON_THE_HOST))
+        for name, damage in WRONG_STATE.items()
+    ],
+)
 def test_state_that_does_not_fit_is_refused_at_every_step_before_anything_is_written(damage):
     good, p = Parameter(randn(5)), Parameter(randn(20, 30))
     optimizer = qadam.AdamW([good, p])

@@ -4,8 +4,8 @@ Replace ``torch.optim.AdamW`` by :class:`qadam.AdamW8bit` and train as before, w
 optimizer's memory. The classes have the names and signatures of ``bitsandbytes.optim``.
 """
 
-from qadam import optim
-from qadam._core import cpu_backend
+from qadam import cuda, optim
+from qadam._core import CudaError, cpu_backend
 from qadam._core import version as _version
 from qadam.optim import (
     Adam,
@@ -31,6 +31,7 @@ __all__ = [
     "AdamW",
     "AdamW8bit",
     "AdamW32bit",
+    "CudaError",
     "PagedAdam",
     "PagedAdam8bit",
     "PagedAdam32bit",
@@ -39,5 +40,6 @@ __all__ = [
     "PagedAdamW32bit",
     "__version__",
     "cpu_backend",
+    "cuda",
     "optim",
 ]

@@ -8,7 +8,8 @@ and ``exp_avg_sq_scale`` (float32, one for each block of 256 elements), and ``me
 dimensions of more than one element from the outermost to the innermost in memory: blocks are
 consecutive in that order. It is written down because strides do not survive every serializer.
 
-Both: ``step`` (float32, no dimensions), how many updates the parameter has had.
+Both: ``step`` (float32, no dimensions), how many updates the parameter has had; on CUDA the device
+counts it, so that a captured graph goes on counting.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def memory_order(param: Tensor) -> tuple[int, ...]:
 
 def zeros(param: Tensor, bits: int) -> Entry:
     """State before the first step, 32 or 8 ``bits`` wide."""
-    step = torch.zeros((), dtype=torch.float32)
+    step = torch.zeros((), dtype=torch.float32, device=param.device)
     if bits == 32:
         return {
             "step": step,
@@ -85,7 +86,7 @@ def fit(entry: Entry, param: Tensor, bits: int, where: str) -> Entry:
     is_coded = any(f"{name}_{part}" in entry for name, _ in MOMENTS for part in ("code", "scale"))
     order = _read_order(entry, param, where) if is_coded else ()
     fitted: Entry = {k: deepcopy(v) for k, v in entry.items() if k not in _KEYS}
-    fitted["step"] = _read_step(entry, where)
+    fitted["step"] = _read_step(entry, where).to(param.device)
     if bits == 8:
         fitted["memory_order"] = memory_order(param)
     for name, signed in MOMENTS:
@@ -93,14 +94,13 @@ def fit(entry: Entry, param: Tensor, bits: int, where: str) -> Entry:
             codes, scales = _read_codes(entry, name, param, where)
             if bits == 8 and order == memory_order(param):
                 fitted[f"{name}_code"] = _dense_like(param, torch.uint8).copy_(codes)
-                fitted[f"{name}_scale"] = scales.clone()
+                fitted[f"{name}_scale"] = scales.to(param.device, copy=True)
                 continue
             values = _decode(codes, scales, order, signed)
         else:
             values = _read_values(entry, name, param, where)
-        values = _dense_like(param, torch.float32).copy_(values)
         if bits == 32:
-            fitted[name] = values
+            fitted[name] = _dense_like(param, torch.float32).copy_(values)
         else:
             fitted[f"{name}_code"], fitted[f"{name}_scale"] = _encode(values, param, signed)
     return fitted
@@ -193,11 +193,12 @@ def _decode(codes: Tensor, scales: Tensor, order: tuple[int, ...], signed: bool)
 
 
 def _encode(values: Tensor, param: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes and scales of values that are dense in the parameter's memory order."""
-    codes = _dense_like(param, torch.uint8)
+    """Codes and scales, in the parameter's memory order, of values of its shape."""
+    codes = torch.empty_like(param, dtype=torch.uint8, device="cpu")
+    ordered = torch.empty_like(param, dtype=torch.float32, device="cpu").copy_(values)
     scales = torch.empty(-(-param.numel() // BLOCK), dtype=torch.float32)
-    _core.encode_blocks(_in_memory(values), _in_memory(codes), scales, signed)
-    return codes, scales
+    _core.encode_blocks(_in_memory(ordered), _in_memory(codes), scales, signed)
+    return codes.to(param.device), scales.to(param.device)
 
 
 def _in_memory(dense: Tensor) -> Tensor:

@@ -1,15 +1,34 @@
 //! Rust errors as Python exceptions.
 
-use pyo3::PyErr;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
 use qadam_core::Error;
+
+pyo3::create_exception!(
+    qadam,
+    CudaError,
+    PyRuntimeError,
+    "A call of the CUDA driver failed: `name`, `code`, and what it was `doing`."
+);
 
 /// The exception for an error of the core: `RuntimeError` for what the machine or the data did,
 /// `ValueError` for what the caller gave.
 pub fn to_python(error: &Error) -> PyErr {
     let text = error.to_string();
     match error {
-        Error::NonFiniteGradient { .. } | Error::ThreadPool { .. } => PyRuntimeError::new_err(text),
+        Error::Cuda { name, code, doing } => Python::attach(|py| {
+            let exception = CudaError::new_err(text);
+            let value = exception.value(py);
+            let set = value
+                .setattr("name", name)
+                .and_then(|()| value.setattr("code", code))
+                .and_then(|()| value.setattr("doing", doing));
+            set.err().unwrap_or(exception)
+        }),
+        Error::CudaUnavailable { .. }
+        | Error::Capture { .. }
+        | Error::NonFiniteGradient { .. }
+        | Error::ThreadPool { .. } => PyRuntimeError::new_err(text),
         _ => PyValueError::new_err(text),
     }
 }

@@ -2,11 +2,13 @@
 //!
 //! * `engine` steps all tensors of an optimizer in one call, with the GIL released;
 //! * `quantize` encodes and decodes state for checkpoints of another width;
+//! * `software` lets the tests stand CPU memory in for a GPU's;
 //! * `tensor` reads what is needed of a torch tensor.
 
 mod engine;
 mod error;
 mod quantize;
+mod software;
 mod tensor;
 
 use pyo3::prelude::*;
@@ -20,11 +22,15 @@ mod _core {
     #[pymodule_export]
     use super::engine::Engine;
     #[pymodule_export]
+    use super::error::CudaError;
+    #[pymodule_export]
     use super::quantize::{decode_blocks, dynamic_map, encode_blocks};
+    #[pymodule_export]
+    use super::software::use_software_device;
     #[pymodule_export]
     use super::tensor::check_parameter;
     #[pymodule_export]
-    use super::{check_hyper, version};
+    use super::{check_hyper, cuda_availability, version};
 }
 
 /// Raises `ValueError`, naming the argument and its value, unless all are in range: `lr`, `eps` and
@@ -48,4 +54,13 @@ fn cpu_backend() -> PyResult<&'static str> {
 #[pyfunction]
 const fn version() -> &'static str {
     env!("CARGO_PKG_VERSION")
+}
+
+/// How many CUDA devices there are, and why none where there is none.
+#[pyfunction]
+fn cuda_availability() -> (u32, Option<String>) {
+    match qadam_core::cuda::availability() {
+        Ok(count) => (count, None),
+        Err(error) => (0, Some(error.to_string())),
+    }
 }

@@ -1,11 +1,13 @@
 //! What the core must know of a torch tensor: address, type, shape and strides.
 
-use pyo3::exceptions::{PyNotImplementedError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyTuple;
 use qadam_core::{DType, check_distinct};
+
+use crate::software;
 
 /// Objects of the torch module, looked up once.
 pub struct Torch {
@@ -15,6 +17,8 @@ pub struct Torch {
     pub uint8: Py<PyAny>,
     /// Tells autograd that tensors were written in place.
     pub increment_version: Py<PyAny>,
+    /// `torch.cuda.current_stream`.
+    current_stream: Py<PyAny>,
 }
 
 impl Torch {
@@ -28,8 +32,18 @@ impl Torch {
             let (float32, uint8) = (get("float32")?, get("uint8")?);
             let graph = py.import("torch.autograd.graph")?;
             let increment_version = graph.getattr("increment_version")?.unbind();
-            Ok(Self { strided: get("strided")?, dtypes, float32, uint8, increment_version })
+            let current_stream = py.import("torch.cuda")?.getattr("current_stream")?.unbind();
+            let strided = get("strided")?;
+            Ok(Self { strided, dtypes, float32, uint8, increment_version, current_stream })
         })
+    }
+
+    /// The handle of torch's current stream on a device; the software device has its default one.
+    pub fn stream(&self, py: Python<'_>, device: usize) -> PyResult<u64> {
+        if software::in_use() {
+            return Ok(0);
+        }
+        self.current_stream.call1(py, (device,))?.getattr(py, "cuda_stream")?.extract(py)
     }
 
     /// The core's name for a torch dtype, if it has one.
@@ -38,9 +52,33 @@ impl Torch {
     }
 }
 
-/// A dense CPU tensor of a supported type.
+/// Where a tensor's memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Device {
+    Cpu,
+    /// By its number.
+    Cuda(usize),
+}
+
+impl Device {
+    /// Where `object` is; `None` for devices that qadam does not know.
+    pub fn of(object: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
+        let py = object.py();
+        if object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+            return Ok(Some(if software::in_use() { Self::Cuda(0) } else { Self::Cpu }));
+        }
+        if object.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
+            let number = object.call_method0(intern!(py, "get_device"))?.extract()?;
+            return Ok(Some(Self::Cuda(number)));
+        }
+        Ok(None)
+    }
+}
+
+/// A strided tensor of a supported type, on a supported device.
 pub struct Tensor<'py> {
     pub object: Bound<'py, PyAny>,
+    pub device: Device,
     pub dtype: DType,
     pub pointer: usize,
     pub shape: Bound<'py, PyTuple>,
@@ -56,7 +94,6 @@ pub struct Refusal {
 enum Kind {
     Type,
     Value,
-    Later,
 }
 
 impl Refusal {
@@ -66,7 +103,6 @@ impl Refusal {
         match self.kind {
             Kind::Type => PyTypeError::new_err(text),
             Kind::Value => PyValueError::new_err(text),
-            Kind::Later => PyNotImplementedError::new_err(text),
         }
     }
 }
@@ -91,15 +127,10 @@ impl<'py> Tensor<'py> {
         if !layout.is(&torch.strided) {
             return refuse(Kind::Type, format!("has layout {layout}; torch.strided is accepted"));
         }
-        if !object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+        let Some(device) = Device::of(object)? else {
             let device = object.getattr(intern!(py, "device"))?;
-            let kind = if object.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
-                Kind::Later
-            } else {
-                Kind::Value
-            };
-            return refuse(kind, format!("is on {device}; this version of qadam accepts cpu"));
-        }
+            return refuse(Kind::Value, format!("is on {device}; cpu and cuda are accepted"));
+        };
         let dtype = object.getattr(intern!(py, "dtype"))?;
         let Some(dtype) = torch.dtype(&dtype) else {
             return refuse(Kind::Type, format!("has dtype {dtype}; {} are accepted", DType::NAMES));
@@ -121,12 +152,22 @@ impl<'py> Tensor<'py> {
         if pointer == 0 && numel(&shape)? > 0 {
             return refuse(Kind::Value, "has no memory of its own".to_owned());
         }
-        Ok(Ok(Self { object: object.clone(), dtype, pointer, shape, strides }))
+        Ok(Ok(Self { object: object.clone(), device, dtype, pointer, shape, strides }))
     }
 
     /// The address of a tensor that was read before.
     pub fn pointer_of(object: &Bound<'py, PyAny>) -> PyResult<usize> {
         object.call_method0(intern!(object.py(), "data_ptr"))?.extract()
+    }
+
+    /// Elements from the first in memory to behind the last.
+    pub fn span(&self) -> PyResult<usize> {
+        let (shape, strides) = self.geometry()?;
+        if shape.contains(&0) {
+            return Ok(0);
+        }
+        let reach = shape.iter().zip(strides).map(|(&n, stride)| stride.unsigned_abs() * (n - 1));
+        Ok(reach.sum::<usize>() + 1)
     }
 
     /// Shape and strides as vectors.
@@ -144,8 +185,7 @@ fn numel(shape: &Bound<'_, PyTuple>) -> PyResult<usize> {
 }
 
 /// Raises unless `param` can be optimized: `TypeError` for its layout or dtype, `ValueError` for
-/// its device or for elements that share an address, `NotImplementedError` for a CUDA tensor.
-/// `subject` begins the message.
+/// its device or for elements that share an address. `subject` begins the message.
 #[pyfunction]
 pub fn check_parameter(param: &Bound<'_, PyAny>, subject: &str) -> PyResult<()> {
     let tensor = Tensor::read(param)?.map_err(|refusal| refusal.to_python(subject))?;

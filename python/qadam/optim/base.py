@@ -28,9 +28,6 @@ class QAdam(Optimizer):
     _class_paged: ClassVar[bool] = False
     """Whether the class's name says that state is paged."""
 
-    nonfinite_count: int
-    """How many elements had a NaN or infinite gradient, in all steps so far."""
-
     def __init__(
         self,
         params: ParamsT,
@@ -63,7 +60,7 @@ class QAdam(Optimizer):
             raise ValueError(msg)
         self._nonfinite = nonfinite
         self._engine = _core.Engine(self._decoupled, nonfinite)
-        self.nonfinite_count = 0
+        self._nonfinite_count = 0
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
@@ -96,7 +93,7 @@ class QAdam(Optimizer):
             ValueError: for a hyperparameter out of range, a parameter given twice, or a parameter
                 whose elements share addresses (expanded, overlapping).
             TypeError: for a parameter that is not a dense float32, bfloat16 or float16 tensor.
-            NotImplementedError: for a CUDA parameter, or an option that is not there yet.
+            NotImplementedError: for an option that is not there yet.
         """
         if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
@@ -184,9 +181,24 @@ class QAdam(Optimizer):
             self._report_nonfinite(count)
         return loss
 
+    @property
+    def nonfinite_count(self) -> int:
+        """How many elements had a NaN or infinite gradient, in all steps so far.
+
+        A CUDA device counts as it runs, and no step waits for it: synchronise first if the last
+        steps are to be in the count.
+        """
+        self._nonfinite_count += self._engine.poll()
+        return self._nonfinite_count
+
+    @nonfinite_count.setter
+    def nonfinite_count(self, count: int) -> None:
+        self._engine.poll()
+        self._nonfinite_count = count
+
     def _report_nonfinite(self, count: int) -> None:
-        first = self.nonfinite_count == 0
-        self.nonfinite_count += count
+        first = self._nonfinite_count == 0
+        self._nonfinite_count += count
         if first and self._nonfinite == "skip":
             warnings.warn(
                 f"{count} gradient elements are NaN or infinite; their parameters and state are "
@@ -267,7 +279,7 @@ class QAdam(Optimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_bits", "_min_8bit_size", "_nonfinite", "nonfinite_count")
+        own = ("_bits", "_min_8bit_size", "_nonfinite", "_nonfinite_count")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -6,45 +6,93 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 use qadam_core::{Decay, Hyper, NonFinite};
 
-/// The hyperparameters of a group. As in torch, their ranges are checked when a group is added
-/// and not again: a schedule may pass a little below zero.
-pub fn hyper(
-    group: &Bound<'_, PyDict>,
-    index: usize,
-    decay: Decay,
-    nonfinite: NonFinite,
-) -> PyResult<Hyper> {
-    let py = group.py();
-    for name in ["amsgrad", "maximize", "differentiable"] {
-        if group.get_item(name)?.is_some_and(|value| value.is_truthy().unwrap_or(true)) {
-            let text = format!("{name} of group {index} is set; it is not implemented yet");
-            return Err(PyNotImplementedError::new_err(text));
+use crate::tensor::{Device, Tensor, Torch};
+
+/// A group's hyperparameters.
+#[derive(Debug, Clone, Copy)]
+pub struct Group {
+    pub hyper: Hyper,
+    /// Device and address of a float32 learning rate that the device reads when the step runs.
+    pub lr_address: Option<(Device, usize)>,
+}
+
+impl Group {
+    /// Reads a group. As in torch, ranges are checked when a group is added and not again: a
+    /// schedule may pass a little below zero.
+    pub fn read(
+        group: &Bound<'_, PyDict>,
+        index: usize,
+        decay: Decay,
+        nonfinite: NonFinite,
+    ) -> PyResult<Self> {
+        let py = group.py();
+        for name in ["amsgrad", "maximize", "differentiable"] {
+            if group.get_item(name)?.is_some_and(|value| value.is_truthy().unwrap_or(true)) {
+                let text = format!("{name} of group {index} is set; it is not implemented yet");
+                return Err(PyNotImplementedError::new_err(text));
+            }
+        }
+        let get = |name: &Bound<'_, PyString>| number(&name.to_string(), index, item(group, name)?);
+        let betas = item(group, intern!(py, "betas"))?;
+        let lr = item(group, intern!(py, "lr"))?;
+        let lr_address = on_device(&lr)?;
+        Ok(Self {
+            hyper: Hyper {
+                lr: if lr_address.is_some() { 0.0 } else { number("lr", index, lr)? },
+                beta1: number("betas[0]", index, betas.get_item(0)?)?,
+                beta2: number("betas[1]", index, betas.get_item(1)?)?,
+                eps: get(intern!(py, "eps"))?,
+                weight_decay: get(intern!(py, "weight_decay"))?,
+                decay,
+                nonfinite,
+            },
+            lr_address,
+        })
+    }
+
+    /// The learning rate's address for a parameter on `device`.
+    pub fn lr_for(&self, device: Device, parameter: usize) -> PyResult<Option<u64>> {
+        match self.lr_address {
+            Some((of, _)) if of != device => {
+                let text = format!(
+                    "lr of parameter {parameter} is a tensor on {of:?}, the parameter is on \
+                     {device:?}; a number or a tensor on the parameter's device is accepted"
+                );
+                Err(PyValueError::new_err(text))
+            }
+            other => Ok(other.map(|(_, address)| address as u64)),
         }
     }
-    let number = |name: &str, value: Bound<'_, PyAny>| {
-        // a tensor's item(), as float() of one that requires a gradient warns
-        let value = match value.getattr_opt(intern!(py, "item"))? {
-            Some(item) => item.call0()?,
-            None => value,
-        };
-        let number: f64 = value.extract()?;
-        if number.is_finite() {
-            return Ok(number);
+}
+
+/// Device and address of a value that is a float32 tensor on a CUDA device.
+fn on_device(value: &Bound<'_, PyAny>) -> PyResult<Option<(Device, usize)>> {
+    let py = value.py();
+    if value.getattr_opt(intern!(py, "is_cuda"))?.is_none() {
+        return Ok(None);
+    }
+    let dtype = value.getattr(intern!(py, "dtype"))?;
+    match Device::of(value)? {
+        Some(device @ Device::Cuda(_)) if dtype.is(&Torch::get(py)?.float32) => {
+            Ok(Some((device, Tensor::pointer_of(value)?)))
         }
-        let text = format!("{name} of group {index} is {number}; a finite number is accepted");
-        Err(PyValueError::new_err(text))
+        _ => Ok(None),
+    }
+}
+
+/// A finite number.
+fn number(name: &str, group: usize, value: Bound<'_, PyAny>) -> PyResult<f64> {
+    // a tensor's item(), as float() of one that requires a gradient warns
+    let value = match value.getattr_opt(intern!(value.py(), "item"))? {
+        Some(item) => item.call0()?,
+        None => value,
     };
-    let get = |name: &Bound<'_, PyString>| number(&name.to_string(), item(group, name)?);
-    let betas = item(group, intern!(py, "betas"))?;
-    Ok(Hyper {
-        lr: get(intern!(py, "lr"))?,
-        beta1: number("betas[0]", betas.get_item(0)?)?,
-        beta2: number("betas[1]", betas.get_item(1)?)?,
-        eps: get(intern!(py, "eps"))?,
-        weight_decay: get(intern!(py, "weight_decay"))?,
-        decay,
-        nonfinite,
-    })
+    let number: f64 = value.extract()?;
+    if number.is_finite() {
+        return Ok(number);
+    }
+    let text = format!("{name} of group {group} is {number}; a finite number is accepted");
+    Err(PyValueError::new_err(text))
 }
 
 /// A dictionary's item, or `KeyError`.

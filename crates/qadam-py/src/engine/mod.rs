@@ -4,11 +4,13 @@
 //! entry of `optimizer.state`. Every step therefore compares identities, addresses, shapes and
 //! strides with what was registered, and reads anew what differs; a stale pointer is never used.
 //!
-//! * `tensors`: gathers gradients, keeps slots current, finds who shares memory, runs;
+//! * `tensors`: gathers gradients, keeps slots current, finds who shares memory;
+//! * `run`: hands them to the devices;
 //! * `slot`: one parameter and its state;
 //! * `groups`: hyperparameters.
 
 mod groups;
+mod run;
 mod slot;
 mod tensors;
 
@@ -79,6 +81,12 @@ impl Engine {
             tensors.forget();
         }
         outcome
+    }
+
+    /// How many elements with a non-finite gradient CUDA devices have met that no step has returned
+    /// yet: a step does not wait for the device.
+    fn poll(&self) -> usize {
+        self.0.try_lock().map_or(0, |mut tensors| tensors.poll())
     }
 
     /// For Python's garbage collector: a parameter may lead back to its optimizer.

@@ -4,16 +4,18 @@ use pyo3::exceptions::{PyKeyError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
+use qadam_core::cuda::DeviceState;
 use qadam_core::{
     BufferSpec, DType, Moments8, Moments32, Per, RawState, StateFormat, StateType, Walk,
     is_dense_like,
 };
 
-use crate::tensor::{Tensor, Torch};
+use crate::tensor::{Device, Tensor, Torch};
 
 /// A parameter that has state.
 pub struct Slot {
     pub param: Py<PyAny>,
+    pub device: Device,
     pub dtype: DType,
     pub pointer: usize,
     pub shape: Py<PyTuple>,
@@ -36,6 +38,11 @@ pub struct StateTensor {
     pub bytes: usize,
 }
 
+/// A device address. An empty tensor has none, and nothing is read or written there.
+pub const fn address(pointer: usize) -> u64 {
+    if pointer == 0 { 16 } else { pointer as u64 }
+}
+
 impl Slot {
     /// Checks the state that `entry` holds for `param`.
     pub fn new(
@@ -49,22 +56,47 @@ impl Slot {
         let (shape, strides) = param.geometry()?;
         let mut moments = Vec::new();
         for spec in format.buffers(walk.len()) {
-            moments.push(StateTensor::new(index, &spec, &shape, &strides, entry)?);
+            moments.push(StateTensor::new(index, &spec, param, &shape, &strides, entry)?);
         }
         let count = BufferSpec { name: "step", dtype: StateType::F32, per: Per::Block, len: 1 };
         Ok(Self {
             param: param.object.clone().unbind(),
+            device: param.device,
             dtype: param.dtype,
             pointer: param.pointer,
             shape: param.shape.clone().unbind(),
             strides: param.strides.clone().unbind(),
             walk: walk.clone(),
             wave: 0,
-            count: StateTensor::new(index, &count, &shape, &strides, entry)?,
+            count: StateTensor::new(index, &count, param, &shape, &strides, entry)?,
             moments,
             format,
             entry: entry.clone().unbind(),
         })
+    }
+
+    /// The state's addresses, as the core wants them on a device.
+    pub fn device_state(&self) -> DeviceState {
+        match self.raw() {
+            RawState::F32(Moments32 { m, v }) => {
+                DeviceState::F32 { m: address(m.addr()), v: address(v.addr()) }
+            }
+            RawState::Dynamic8(Moments8 { m_code, m_scale, v_code, v_scale }) => {
+                DeviceState::Dynamic8 {
+                    m_code: address(m_code.addr()),
+                    m_scale: address(m_scale.addr()),
+                    v_code: address(v_code.addr()),
+                    v_scale: address(v_scale.addr()),
+                }
+            }
+        }
+    }
+
+    /// Addresses and sizes of the parameter and its state.
+    pub fn memory(&self) -> impl Iterator<Item = (usize, usize)> {
+        let param = (self.pointer, self.walk.param_span() * self.dtype.size());
+        let state = self.moments.iter().chain([&self.count]).map(|t| (t.pointer, t.bytes));
+        std::iter::once(param).chain(state)
     }
 
     /// The state's addresses, as the core wants them.
@@ -91,6 +123,7 @@ impl Slot {
         let dtype = param.getattr(intern!(py, "dtype"))?;
         if !self.param.is(param)
             || Tensor::pointer_of(param)? != self.pointer
+            || Device::of(param)? != Some(self.device)
             || Torch::get(py)?.dtype(&dtype) != Some(self.dtype)
             || !param.getattr(intern!(py, "shape"))?.eq(self.shape.bind(py))?
             || !param.call_method0(intern!(py, "stride"))?.eq(self.strides.bind(py))?
@@ -109,10 +142,10 @@ impl Slot {
         Ok(true)
     }
 
-    /// The number of the coming step, counted from 1.
+    /// The number of the coming step, counted from 1, of a CPU parameter.
     pub fn next_step(&self, index: usize) -> PyResult<u64> {
-        // SAFETY: a float32 tensor of one element, checked when it was registered and, by address,
-        // in this call; the GIL is held.
+        // SAFETY: a float32 CPU tensor of one element, checked when it was registered and, by
+        // address, in this call; the GIL is held.
         let count = unsafe { *(self.count.pointer as *const f32) };
         if count.is_finite() && count >= 0.0 {
             return Ok(count as u64 + 1);
@@ -129,6 +162,7 @@ impl StateTensor {
     pub fn new(
         index: usize,
         spec: &BufferSpec,
+        param: &Tensor<'_>,
         shape: &[usize],
         strides: &[isize],
         entry: &Bound<'_, PyDict>,
@@ -156,7 +190,7 @@ impl StateTensor {
         if !dtype.is(expected) {
             return refuse(format!("has dtype {dtype}"), &expected.bind(py).str()?.to_string());
         }
-        if !object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+        if Device::of(&object)? != Some(param.device) {
             return refuse(
                 format!("is on {}", object.getattr("device")?),
                 "the parameter's device",
@@ -179,9 +213,13 @@ impl StateTensor {
             };
             return refuse(format!("has shape {got:?} and strides {stride:?}"), &accepted);
         }
+        let pointer = Tensor::pointer_of(&object)?;
+        if param.device != Device::Cpu && spec.name != "step" && !pointer.is_multiple_of(16) {
+            return refuse(format!("lies at {pointer:#x}"), "an address that is a multiple of 16");
+        }
         Ok(Self {
             key: PyString::intern(py, name).unbind(),
-            pointer: Tensor::pointer_of(&object)?,
+            pointer,
             object: object.unbind(),
             bytes: spec.len * size,
         })

@@ -7,13 +7,16 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 use qadam_core::cpu::{self, Backend};
+use qadam_core::cuda::DeviceStep;
 use qadam_core::rule::Coefficients;
 use qadam_core::{Decay, Error, Hyper, NonFinite, TensorStep, Walk};
 
-use super::groups::{hyper, item};
-use super::slot::Slot;
+use super::groups::{Group, item};
+use super::run::{self, Devices, Wave};
+use super::slot::{Slot, address};
 use crate::error::to_python;
-use crate::tensor::{Tensor, Torch};
+use crate::software::{self, Adopted};
+use crate::tensor::{Device, Tensor, Torch};
 
 /// What an engine knows of an optimizer's tensors.
 pub struct Tensors {
@@ -27,6 +30,7 @@ pub struct Tensors {
     /// those that share memory take turns.
     arranged: Vec<usize>,
     waves: usize,
+    devices: Devices,
 }
 
 /// A gradient that passed every check.
@@ -34,21 +38,15 @@ struct Pending<'py> {
     /// Of the parameter, counted through all groups.
     index: usize,
     grad: Tensor<'py>,
-    hyper: Hyper,
-}
-
-/// Tensors that do not overlap, and which of the pending gradients they belong to.
-#[derive(Default)]
-struct Wave {
-    steps: Vec<TensorStep>,
-    pending: Vec<usize>,
+    group: Group,
 }
 
 impl Tensors {
     /// Nothing known yet.
     pub fn new(decay: Decay, nonfinite: NonFinite) -> Self {
         let (slots, entries, arranged) = (Vec::new(), Vec::new(), Vec::new());
-        Self { decay, nonfinite, slots, entries, arranged, waves: 1 }
+        let devices = Devices::default();
+        Self { decay, nonfinite, slots, entries, arranged, waves: 1, devices }
     }
 
     /// The parameters that have state.
@@ -82,44 +80,49 @@ impl Tensors {
     ) -> PyResult<usize> {
         let pending = self.gather(groups, state, make_state, created)?;
         let waves = self.prepare(py, &pending)?;
+        self.devices.open(py, &waves)?;
+        let _adopted = self.adopt(&pending)?;
         let raise = self.nonfinite == NonFinite::Raise;
-        let run = || {
-            // SAFETY: `gather` and `prepare` checked addresses, alignment, types, shapes and
-            // strides in this very call; `pending` and the slots keep the tensors alive; members
-            // of a wave do not overlap.
-            unsafe {
-                if waves.len() > 1 {
-                    cpu::pool::start(threads).map_err(|e| (e, &waves[0]))?;
-                }
-                if raise {
-                    for wave in &waves {
-                        cpu::count_nonfinite(&wave.steps, threads).map_err(|e| (e, wave))?;
-                    }
-                }
-                let mut nonfinite = 0;
-                for wave in &waves {
-                    nonfinite += cpu::run(&wave.steps, backend, threads).map_err(|e| (e, wave))?;
-                }
-                Ok(nonfinite)
-            }
-        };
-        let nonfinite = py.detach(run).map_err(|(error, wave)| match error {
+        let devices = &mut self.devices;
+        // SAFETY: `gather` and `prepare` checked addresses, alignment, types, shapes, strides and
+        // devices in this very call; `pending` and the slots keep the tensors alive; members of a
+        // wave do not overlap; the streams are torch's current ones.
+        let outcome = py.detach(|| unsafe { run::run(&waves, devices, threads, backend, raise) });
+        let nonfinite = outcome.map_err(|error| match error {
+            // `run` knows positions in `pending`, users know parameters
             Error::NonFiniteGradient { index, count } => {
-                let index = pending[wave.pending[index]].index;
-                to_python(&Error::NonFiniteGradient { index, count })
+                to_python(&Error::NonFiniteGradient { index: pending[index].index, count })
             }
             other => to_python(&other),
         })?;
         let updated = PyList::empty(py);
         for item in &pending {
             let slot = self.slot(item.index);
-            // SAFETY: a float32 tensor of one element, checked when it was registered and, by
-            // address, in this call; the GIL is held.
-            unsafe { *(slot.count.pointer as *mut f32) += 1.0 };
+            if slot.device == Device::Cpu {
+                // SAFETY: a float32 CPU tensor of one element, checked when it was registered and,
+                // by address, in this call; the GIL is held.
+                unsafe { *(slot.count.pointer as *mut f32) += 1.0 };
+            }
             updated.append(&slot.param)?;
         }
         Torch::get(py)?.increment_version.call1(py, (updated,))?;
-        Ok(nonfinite)
+        Ok(nonfinite + self.devices.poll())
+    }
+
+    /// How many non-finite gradients devices have met that no step has returned yet.
+    pub fn poll(&mut self) -> usize {
+        self.devices.poll()
+    }
+
+    /// With the software device, declares what the pending steps may touch.
+    fn adopt(&self, pending: &[Pending<'_>]) -> PyResult<Adopted> {
+        let mut ranges = Vec::new();
+        for item in pending.iter().filter(|_| software::in_use()) {
+            ranges.extend(self.slot(item.index).memory());
+            ranges.push((item.grad.pointer, item.grad.span()? * item.grad.dtype.size()));
+            ranges.extend(item.group.lr_address.map(|(_, address)| (address, 4)));
+        }
+        Adopted::new(ranges)
     }
 
     /// Checks every gradient, then sees to it that every parameter with one has a current slot.
@@ -139,7 +142,7 @@ impl Tensors {
         let mut index = 0;
         for (group_index, group) in groups.iter().enumerate() {
             let group = group.cast_into::<PyDict>()?;
-            let hyper = hyper(&group, group_index, self.decay, self.nonfinite)?;
+            let read = Group::read(&group, group_index, self.decay, self.nonfinite)?;
             let params = item(&group, intern!(py, "params"))?.cast_into::<PyList>()?;
             for (place, param) in params.iter().enumerate() {
                 if self.slots.len() == index {
@@ -152,19 +155,19 @@ impl Tensors {
                         .map_err(|refusal| refusal.to_python(&format!("{} gradient", subject())))?;
                     let known = self.slots[index].as_ref();
                     if known.map_or(Ok(false), |slot| slot.is_current(&param))? {
-                        let shape = self.slot(index).shape.bind(py);
-                        same_shape(&grad, shape, subject)?;
+                        let slot = self.slot(index);
+                        fits(&grad, slot.device, slot.shape.bind(py), subject)?;
                     } else {
                         let tensor = Tensor::read(&param)?
                             .map_err(|refusal| refusal.to_python(&subject()))?;
-                        same_shape(&grad, &tensor.shape, subject)?;
+                        fits(&grad, tensor.device, &tensor.shape, subject)?;
                         let (shape, strides) = tensor.geometry()?;
                         let walk = Walk::new(&shape, &strides, &strides).map_err(|error| {
                             PyValueError::new_err(format!("{} {error}", subject()))
                         })?;
                         fresh.push((index, tensor, walk));
                     }
-                    pending.push(Pending { index, grad, hyper });
+                    pending.push(Pending { index, grad, group: read });
                 }
                 index += 1;
             }
@@ -265,14 +268,7 @@ impl Tensors {
         let mut last: Option<(Hyper, u64, Coefficients)> = None;
         for (position, item) in pending.iter().enumerate() {
             let slot = self.slot(item.index);
-            let t = slot.next_step(item.index)?;
-            let coefficients = match last {
-                Some((hyper, step, coefficients)) if hyper == item.hyper && step == t => {
-                    coefficients
-                }
-                _ => Coefficients::new(&item.hyper, t),
-            };
-            last = Some((item.hyper, t, coefficients));
+            let hyper = item.group.hyper;
             let walk = if item.grad.strides.eq(slot.strides.bind(py))? {
                 slot.walk.clone()
             } else {
@@ -281,13 +277,34 @@ impl Tensors {
                 Walk::new(&shape, &strides, &item.grad.strides.extract::<Vec<isize>>()?)
                     .map_err(|error| to_python(&error))?
             };
-            let param = (slot.pointer as *mut u8, slot.dtype);
-            let grad = (item.grad.pointer as *const u8, item.grad.dtype);
-            // SAFETY: `Tensor::read` and `Slot::new` checked both tensors and the state, whose
-            // addresses `gather` compared in this call; the run ends before the call does.
-            let step = unsafe { TensorStep::new(param, grad, walk, slot.raw(), coefficients) };
-            waves[slot.wave].steps.push(step);
-            waves[slot.wave].pending.push(position);
+            let lr_address = item.group.lr_for(slot.device, item.index)?;
+            let Device::Cuda(device) = slot.device else {
+                let t = slot.next_step(item.index)?;
+                let coefficients = match last {
+                    Some((last, step, coefficients)) if last == hyper && step == t => coefficients,
+                    _ => Coefficients::new(&hyper, t),
+                };
+                last = Some((hyper, t, coefficients));
+                let param = (slot.pointer as *mut u8, slot.dtype);
+                let grad = (item.grad.pointer as *const u8, item.grad.dtype);
+                // SAFETY: `Tensor::read` and `Slot::new` checked both tensors and the state, whose
+                // addresses `gather` compared in this call; the run ends before the call does.
+                let step = unsafe { TensorStep::new(param, grad, walk, slot.raw(), coefficients) };
+                waves[slot.wave].cpu.push(step, position);
+                continue;
+            };
+            let step = DeviceStep {
+                param: address(slot.pointer),
+                param_dtype: slot.dtype,
+                grad: address(item.grad.pointer),
+                grad_dtype: item.grad.dtype,
+                walk,
+                state: slot.device_state(),
+                step: slot.count.pointer as u64,
+                hyper,
+                lr_address,
+            };
+            waves[slot.wave].cuda.entry(device).or_default().push(step, position);
         }
         Ok(waves)
     }
@@ -305,18 +322,22 @@ fn subject(param: &Bound<'_, PyAny>, index: usize, group: usize, place: usize) -
     format!("parameter {index} (group {group}, position {place}, shape {shape}, dtype {dtype}):")
 }
 
-fn same_shape(
+/// Raises unless a gradient has its parameter's device and shape.
+fn fits(
     grad: &Tensor<'_>,
+    device: Device,
     shape: &Bound<'_, PyTuple>,
     subject: impl Fn() -> String,
 ) -> PyResult<()> {
-    if grad.shape.eq(shape)? {
-        return Ok(());
+    if grad.device != device {
+        let (subject, got) = (subject(), grad.object.getattr("device")?);
+        let text = format!("{subject} gradient is on {got}; the parameter's device is accepted");
+        return Err(PyValueError::new_err(text));
     }
-    let text = format!(
-        "{} gradient has shape {}; the parameter's shape is accepted",
-        subject(),
-        grad.shape
-    );
-    Err(PyValueError::new_err(text))
+    if !grad.shape.eq(shape)? {
+        let (subject, got) = (subject(), &grad.shape);
+        let text = format!("{subject} gradient has shape {got}; the parameter's shape is accepted");
+        return Err(PyValueError::new_err(text));
+    }
+    Ok(())
 }

@@ -1,0 +1,140 @@
+//! Runs the prepared steps, on every device that has some.
+
+use std::collections::BTreeMap;
+
+use pyo3::prelude::*;
+use qadam_core::cpu::{self, Backend};
+use qadam_core::cuda::{DeviceStep, Launcher};
+use qadam_core::{Error, Result, TensorStep};
+
+use crate::error::to_python;
+use crate::tensor::Torch;
+
+/// Steps that do not overlap.
+#[derive(Default)]
+pub struct Wave {
+    pub cpu: Part<TensorStep>,
+    /// By the device's number.
+    pub cuda: BTreeMap<usize, Part<DeviceStep>>,
+}
+
+/// The steps of one device, and which of the pending gradients they belong to.
+pub struct Part<S> {
+    steps: Vec<S>,
+    pending: Vec<usize>,
+}
+
+impl<S> Default for Part<S> {
+    fn default() -> Self {
+        Self { steps: Vec::new(), pending: Vec::new() }
+    }
+}
+
+impl<S> Part<S> {
+    pub fn push(&mut self, step: S, position: usize) {
+        self.steps.push(step);
+        self.pending.push(position);
+    }
+
+    /// The same error, of a position in `pending`.
+    fn locate(&self, error: Error) -> Error {
+        match error {
+            Error::NonFiniteGradient { index, count } => {
+                Error::NonFiniteGradient { index: self.pending[index], count }
+            }
+            other => other,
+        }
+    }
+}
+
+/// The CUDA devices of an optimizer.
+#[derive(Default)]
+pub struct Devices(BTreeMap<usize, OnDevice>);
+
+struct OnDevice {
+    launcher: Launcher,
+    /// torch's current stream, of this step.
+    stream: u64,
+    /// How much of the launcher's count was returned already.
+    counted: u64,
+}
+
+impl Devices {
+    /// Sees to a launcher and the current stream of each device that `waves` need.
+    pub fn open(&mut self, py: Python<'_>, waves: &[Wave]) -> PyResult<()> {
+        for &number in waves.iter().flat_map(|wave| wave.cuda.keys()) {
+            let stream = Torch::get(py)?.stream(py, number)?;
+            if let Some(device) = self.0.get_mut(&number) {
+                device.stream = stream;
+                continue;
+            }
+            let launcher = Launcher::new(number).map_err(|error| to_python(&error))?;
+            self.0.insert(number, OnDevice { launcher, stream, counted: 0 });
+        }
+        Ok(())
+    }
+
+    /// What the devices have counted since the last call, as far as they have got.
+    pub fn poll(&mut self) -> usize {
+        let mut new = 0;
+        for device in self.0.values_mut() {
+            let count = device.launcher.nonfinite();
+            new += count - std::mem::replace(&mut device.counted, count);
+        }
+        new as usize
+    }
+}
+
+/// Runs all waves and returns how many elements of CPU gradients were not finite.
+///
+/// # Errors
+/// What the back ends return; [`Error::NonFiniteGradient`] has a position in `pending`.
+///
+/// # Safety
+/// The contracts of [`TensorStep::new`], [`cpu::run`] and [`Launcher::step`] hold for every wave.
+pub unsafe fn run(
+    waves: &[Wave],
+    devices: &mut Devices,
+    threads: usize,
+    backend: Backend,
+    raise: bool,
+) -> Result<usize> {
+    if waves.len() > 1 {
+        cpu::pool::start(threads)?;
+    }
+    // SAFETY: this function's contract.
+    unsafe {
+        if raise {
+            for wave in waves {
+                count(wave, devices, threads)?;
+            }
+        }
+        let mut nonfinite = 0;
+        for wave in waves {
+            for (number, part) in &wave.cuda {
+                let device = devices.0.get_mut(number).expect("`open` was called for these waves");
+                device.launcher.step(&part.steps, device.stream)?;
+            }
+            nonfinite += cpu::run(&wave.cpu.steps, backend, threads)?;
+        }
+        Ok(nonfinite)
+    }
+}
+
+/// Returns [`Error::NonFiniteGradient`] for the first gradient of `wave` that is not finite.
+///
+/// # Safety
+/// As [`run`].
+unsafe fn count(wave: &Wave, devices: &mut Devices, threads: usize) -> Result<()> {
+    // SAFETY: this function's contract.
+    unsafe {
+        for (number, part) in &wave.cuda {
+            let device = devices.0.get_mut(number).expect("`open` was called for these waves");
+            let found = device.launcher.count_nonfinite(&part.steps, device.stream)?;
+            if let Some((index, count)) = found {
+                return Err(part.locate(Error::NonFiniteGradient { index, count }));
+            }
+        }
+        cpu::count_nonfinite(&wave.cpu.steps, threads).map_err(|error| wave.cpu.locate(error))
+    }
+}
