@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: demo test lint rust-test ptx ptx-check wheel bench clean
+.PHONY: demo test lint rust-test ptx ptx-check wheel bench gpu-check clean
 
 demo: wheel
 	$(BIN)/python examples/demo.py
@@ -49,6 +49,12 @@ $(VENV)/.installed: pyproject.toml
 
 bench: wheel
 	$(BIN)/python benches/cpu.py
+
+# For a machine with a GPU, torch and no network: WHEEL=path [PYTHON=python3] [GPU_CHECK="--only peers"]
+gpu-check: PYTHON = python3
+gpu-check:
+	@test -n "$(WHEEL)" || { echo 'usage: make gpu-check WHEEL=path [PYTHON=python3]'; exit 2; }
+	$(PYTHON) benches/gpu_check.py --wheel "$(WHEEL)" $(GPU_CHECK)
 
 clean:
 	rm -rf $(VENV) target

@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = {4: torch.int32, 2: torch.int16}
 BLOCK = 256
 
-LENGTHS = (0, 1, 2, 3, 255, 256, 257, 1000, 4095, 4097, 33_003)
+LENGTHS = (0, 1, 2, 3, 255, 256, 257, 1000, 4095, 4097, 9001)
 OFFSETS = ((0, 0), (1, 0), (0, 1), (1, 1), (3, 2))
 """Elements by which parameter and gradient are off the alignment of an allocation."""
 SMALL_LENGTHS, SMALL_OFFSETS = (0, 1, 255, 257, 4097), ((0, 0), (1, 3))
@@ -229,14 +229,14 @@ class Side:
             param.grad = view
         self.held = step
 
-    def step(self, step: int) -> str:
-        """Steps, and says what became of it."""
+    def step(self, step: int) -> tuple[str, str]:
+        """Steps, and says what became of it: in a word, and with its message."""
         self.give(step)
         try:
             self.optimizer.step()
         except RuntimeError as error:
-            return type(error).__name__
-        return "stepped"
+            return type(error).__name__, str(error)
+        return "stepped", ""
 
     def gradients_kept(self) -> bool:
         """Whether the last gradients are as they were given."""
@@ -277,8 +277,9 @@ def check_config(config: Config, device: str, lr: float | None = None) -> list[s
     here = Side(config, given, "cpu", lr)
     for step in range(config.steps):
         outcomes = there.step(step), here.step(step)
-        if outcomes[0] != outcomes[1]:
-            return [f"{config}, step {step + 1}: {outcomes[0]}, on the CPU {outcomes[1]}"]
+        if outcomes[0][0] != outcomes[1][0]:
+            what = " on the device, on the CPU ".join(" ".join(o).strip() for o in outcomes)
+            return [f"{config}, step {step + 1}: {what}"]
     synchronize(device)
     return [f"{config}: {what}" for what in side_differences(there, here)]
 

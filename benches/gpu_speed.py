@@ -518,6 +518,7 @@ def measure_case(
     deadline: float,
     large: int,
     copy_bytes: int = COPY_BYTES,
+    names: tuple[str, ...] = tuple(CONTENDERS),
 ) -> dict[str, Any]:
     """Everything about one case; ``failures`` says what went wrong with those that are required."""
     title, make_shapes = CASES[case]
@@ -533,7 +534,8 @@ def measure_case(
         return {**result, "skipped": skipped, "failures": []}
     arena = Case(shapes, dtype, meter)
     arena.add_copy(copy_bytes // dtype.itemsize)
-    for name, make in CONTENDERS.items():
+    for name in names:
+        make = CONTENDERS[name]
         reason = LEFT_OUT.get((case, name))
         left = deadline - time.monotonic()
         if reason is None and name not in REQUIRED and left < 10:
@@ -561,7 +563,7 @@ def measure_case(
         "optimizers": optimizers,
         "absent": arena.absent,
         "errors": arena.errors,
-        "failures": [f"{k}: {v}" for k, v in arena.errors.items() if k in REQUIRED],
+        "failures": [f"{k}: {v}" for k, v in arena.errors.items() if k in (*REQUIRED, COPY)],
     }
 
 

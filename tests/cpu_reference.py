@@ -47,12 +47,13 @@ def train(job, device):
 @functools.cache
 def pool():
     """One process without a software device; it imports qadam once."""
-    os.environ["QADAM_SOFTGPU_PARENT"] = os.environ.pop("QADAM_SOFTGPU", "")
+    path = os.environ.pop("QADAM_SOFTGPU", None)  # the new process must not take it over
     try:
         started = multiprocessing.get_context("spawn").Pool(1)
         started.apply(int)
     finally:
-        os.environ["QADAM_SOFTGPU"] = os.environ.pop("QADAM_SOFTGPU_PARENT")
+        if path is not None:
+            os.environ["QADAM_SOFTGPU"] = path
     atexit.register(started.terminate)
     return started
 

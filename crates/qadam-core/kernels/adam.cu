@@ -1,9 +1,9 @@
 // Adam for all tensors of an optimizer in one launch.
 //
 // The launch's work is a list of chunks of whole 256-element blocks; a warp owns a chunk and, within
-// it, one block at a time, eight elements a lane. Warps never wait for each other: the scale of a
-// block is a warp's shuffle, and the step counts are advanced by the warp that finishes last, when
-// all others have read them.
+// it, one block at a time, eight elements a lane. Once the tables are filled, warps never wait for
+// each other: the scale of a block is a warp's own, and the step counts are advanced by the warp that
+// finishes last, when all others have read them.
 //
 // Everything that changes from step to step (hyperparameters, step counts, gradient pointers) is read
 // from device memory, so that a captured graph stays right when they change.
@@ -91,8 +91,8 @@ struct Place {
 struct Path {
     u64 base;
     u32 access;
-    const u64* size;
-    const long long* strides;
+    const Strides* strides;
+    bool is_param;
 
     // Where element `i` of the tensor lies, in elements from its first.
     __device__ __forceinline__ u64 offset(u64 i) const {
@@ -100,14 +100,15 @@ struct Path {
         u64 at = 0;
 #pragma unroll 1
         for (int d = 0; d < DIMS && i > 0; d++) {
-            at += i % size[d] * strides[d];
-            i /= size[d];
+            u64 size = strides->size[d];
+            at += i % size * (is_param ? strides->param[d] : strides->grad[d]);
+            i /= size;
         }
         return at;
     }
 };
 
-__device__ __forceinline__ Path dense(u64 base) { return {base, VECTOR, nullptr, nullptr}; }
+__device__ __forceinline__ Path dense(u64 base) { return {base, VECTOR, nullptr, false}; }
 
 template <typename T>
 __device__ __forceinline__ T* global(u64 address) {
@@ -118,14 +119,16 @@ enum DType : u32 { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 template <typename T>
 __device__ __forceinline__ void load_vectors(float (&to)[LANE], u64 base, const Place& place) {
-    typedef const Vector<typename T::Bits> Bits;
-    Bits* from = global<Bits>(base) + place.start / RUN;
+    typedef Vector<typename T::Bits> Bits;
+    const Bits* from = global<const Bits>(base) + place.start / RUN;
+    typename T::Bits bits[LANE];
 #pragma unroll
     for (int run = 0; run < RUNS; run++) {
         Bits vector = from[place.vector(run)];
 #pragma unroll
-        for (int i = 0; i < RUN; i++) to[run * RUN + i] = T::widen(vector.at[i]);
+        for (int i = 0; i < RUN; i++) bits[run * RUN + i] = vector.at[i];
     }
+    widen<T>(to, bits);
 }
 
 template <typename T>
@@ -134,11 +137,13 @@ __device__ __forceinline__ void store_vectors(
 ) {
     typedef Vector<typename T::Bits> Bits;
     Bits* to = global<Bits>(base) + place.start / RUN;
+    typename T::Bits bits[LANE];
+    round<T>(bits, from);
 #pragma unroll
     for (int run = 0; run < RUNS; run++) {
         Bits vector;
 #pragma unroll
-        for (int i = 0; i < RUN; i++) vector.at[i] = T::round(from[run * RUN + i]);
+        for (int i = 0; i < RUN; i++) vector.at[i] = bits[run * RUN + i];
         to[place.vector(run)] = vector;
     }
 }
@@ -336,42 +341,54 @@ struct Block {
     }
 };
 
-// 8-bit moments of a block.
-struct Moments8 {
+__device__ __forceinline__ float* scale_of(u64 scales, const Place& place) {
+    return global<float>(scales) + place.start / BLOCK;
+}
+
+__device__ __forceinline__ void load_moments(
+    Block& block, const Tensor& tensor, const Place& place, const Tables& tables
+) {
+    if (!tensor.is_8bit) {
+        load(block.m, FLOAT32, dense(tensor.m), place);
+        load(block.v, FLOAT32, dense(tensor.v), place);
+        return;
+    }
     Codes m, v;
-    float *m_scale, *v_scale;
-
-    __device__ __forceinline__ Moments8(const Tensor& tensor, const Place& place) {
-        m.load(tensor.m, place, 127);
-        v.load(tensor.v, place, 0);
-        m_scale = global<float>(tensor.m_scale) + place.start / BLOCK;
-        v_scale = global<float>(tensor.v_scale) + place.start / BLOCK;
-    }
-
-    __device__ __forceinline__ void decode(Block& block, const Tables& tables) const {
-        float m_old = usable_scale(*m_scale), v_old = usable_scale(*v_scale);
+    m.load(tensor.m, place, 127);
+    v.load(tensor.v, place, 0);
+    float m_scale = usable_scale(*scale_of(tensor.m_scale, place));
+    float v_scale = usable_scale(*scale_of(tensor.v_scale, place));
 #pragma unroll
-        for (int i = 0; i < LANE; i++) {
-            block.m[i] = __fmul_rn(tables.of_signed.value[m.at(i)], m_old);
-            block.v[i] = __fmul_rn(tables.of_unsigned.value[v.at(i)], v_old);
-        }
+    for (int i = 0; i < LANE; i++) {
+        block.m[i] = __fmul_rn(tables.of_signed.value[m.at(i)], m_scale);
+        block.v[i] = __fmul_rn(tables.of_unsigned.value[v.at(i)], v_scale);
     }
+}
 
-    __device__ __forceinline__ void encode(const Block& block, int lane, const Tables& tables) {
-        float m_max = warp_max(block.m), v_max = warp_max(block.v);
-        Normalizer m_normalizer(m_max), v_normalizer(v_max);
-#pragma unroll
-        for (int i = 0; i < LANE; i++) {
-            m.set(i, tables.encode_signed(m_normalizer.apply(block.m[i])));
-            float x = v_normalizer.apply(block.v[i]);
-            v.set(i, tables.encode_second_moment(x, block.v[i] > 0.0f));
-        }
-        if (lane == 0) {
-            *m_scale = m_max;
-            *v_scale = v_max;
-        }
+__device__ __forceinline__ void store_moments(
+    const Block& block, const Tensor& tensor, const Place& place, const Tables& tables
+) {
+    if (!tensor.is_8bit) {
+        store(block.m, FLOAT32, dense(tensor.m), place);
+        store(block.v, FLOAT32, dense(tensor.v), place);
+        return;
     }
-};
+    float m_scale = warp_max(block.m), v_scale = warp_max(block.v);
+    Normalizer m_normalizer(m_scale), v_normalizer(v_scale);
+    Codes m, v;
+#pragma unroll
+    for (int i = 0; i < LANE; i++) {
+        m.set(i, tables.encode_signed(m_normalizer.apply(block.m[i])));
+        float x = v_normalizer.apply(block.v[i]);
+        v.set(i, tables.encode_second_moment(x, block.v[i] > 0.0f));
+    }
+    m.store(tensor.m, place);
+    v.store(tensor.v, place);
+    if (place.lane == 0) {
+        *scale_of(tensor.m_scale, place) = m_scale;
+        *scale_of(tensor.v_scale, place) = v_scale;
+    }
+}
 
 // Updates one block and returns how many of its gradients were not finite.
 __device__ __forceinline__ int step_block(
@@ -382,49 +399,39 @@ __device__ __forceinline__ int step_block(
     float g[LANE];
     load(g, tensor.grad_dtype, grad, place);
     load(block.p, tensor.param_dtype, param, place);
-    if (!tensor.is_8bit) {
-        load(block.m, FLOAT32, dense(tensor.m), place);
-        load(block.v, FLOAT32, dense(tensor.v), place);
-        int nonfinite = block.update(g, c);
-        store(block.p, tensor.param_dtype, param, place);
-        store(block.m, FLOAT32, dense(tensor.m), place);
-        store(block.v, FLOAT32, dense(tensor.v), place);
-        return nonfinite;
-    }
-    Moments8 moments(tensor, place);
-    moments.decode(block, tables);
+    load_moments(block, tensor, place, tables);
     int nonfinite = block.update(g, c);
     store(block.p, tensor.param_dtype, param, place);
-    if (nonfinite > 0) {  // the same in every lane
+    if (nonfinite > 0 && tensor.is_8bit) {  // the same in every lane
         if (nonfinite == place.len && !c.propagate) return nonfinite;
         block.make_finite();
     }
-    moments.encode(block, place.lane, tables);
-    moments.m.store(tensor.m, place);
-    moments.v.store(tensor.v, place);
+    store_moments(block, tensor, place, tables);
     return nonfinite;
 }
 
-__device__ __forceinline__ u64 step_chunk(
+__device__ __forceinline__ u32 step_chunk(
     const Tensor& tensor, const Grad& grad, const Chunk& chunk, const Hyper& hyper, int lane,
     const Tables& tables, Vector<float>* stage
 ) {
     u64 t = (u64)*global<const float>(tensor.step) + 1;
     Coefficients c = coefficients(hyper, t);
-    const Strides* s = (const Strides*)grad.strides;
-    Path param = {tensor.param, grad.access, s->size, s->param};
-    Path gradient = {grad.address, grad.access, s->size, s->grad};
-    u64 nonfinite = 0;
+    const Strides* s = global<const Strides>(grad.strides);
+    Path param = {tensor.param, grad.access, s, true};
+    Path gradient = {grad.address, grad.access, s, false};
+    u32 nonfinite = 0;
+    Place place = {chunk.start, BLOCK, lane, stage};
 #pragma unroll 1
-    for (u32 done = 0; done < chunk.len; done += BLOCK) {
-        int len = (int)min(chunk.len - done, (u32)BLOCK);
-        Place place = {chunk.start + done, len, lane, stage};
+    for (u32 left = chunk.len; left > 0; left -= place.len) {
+        place.len = (int)min(left, (u32)BLOCK);
         nonfinite += step_block(tensor, param, gradient, place, c, tables);
+        place.start += BLOCK;
     }
     return nonfinite;
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) qadam_step(const Table* __restrict__ table) {
+// Three thread blocks a multiprocessor: 80 registers, and none spilled.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 3) qadam_step(const Table* __restrict__ table) {
     __shared__ Tables tables;
     __shared__ Vector<float> stages[WARPS][BLOCK / RUN];
     tables.fill();
@@ -435,10 +442,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) qadam_step(const Table*
     Grad grad = table->grads[chunk.tensor];
     if (grad.address != 0) {
         Tensor tensor = table->tensors[chunk.tensor];
-        u64 nonfinite = step_chunk(
+        u32 nonfinite = step_chunk(
             tensor, grad, chunk, table->hypers[tensor.hyper], lane, tables, stages[threadIdx.x / 32]
         );
-        if (nonfinite > 0 && lane == 0) atomicAdd_system(table->nonfinite, nonfinite);
+        if (nonfinite > 0 && lane == 0) atomicAdd_system(table->nonfinite, (u64)nonfinite);
     }
     // The last warp to get here advances the step counts: every other has read them.
     __syncwarp();
@@ -470,9 +477,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) qadam_count(
     Tensor tensor = table->tensors[chunk.tensor];
     const Hyper& hyper = table->hypers[tensor.hyper];
     float l2 = hyper.decoupled ? 0.0f : __double2float_rn(hyper.weight_decay);
-    const Strides* s = (const Strides*)grad.strides;
-    Path param = {tensor.param, grad.access, s->size, s->param};
-    Path gradient = {grad.address, grad.access, s->size, s->grad};
+    const Strides* s = global<const Strides>(grad.strides);
+    Path param = {tensor.param, grad.access, s, true};
+    Path gradient = {grad.address, grad.access, s, false};
     u64 nonfinite = 0;
 #pragma unroll 1
     for (u32 done = 0; done < chunk.len; done += BLOCK) {
