@@ -44,7 +44,7 @@ wheel: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "maturin>=1.9,<2" "torch>=2.7" --group test --group demo
+	$(BIN)/pip install --quiet "maturin>=1.9,<2" "torch>=2.10" --group test --group demo
 	touch $@
 
 bench: wheel

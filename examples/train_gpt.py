@@ -39,10 +39,10 @@ class Diverged(RuntimeError):
 class TrainConfig:
     """Everything that two runs to be compared must share."""
 
-    steps: int = 700
+    steps: int = 600
     batch: int = 8
     lr: float = 2e-3
-    warmup: int = 70
+    warmup: int = 60
     final_lr_fraction: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.1

@@ -4,9 +4,10 @@
 (float32).
 
 8 bits: ``exp_avg_code`` and ``exp_avg_sq_code`` (uint8, the parameter's shape), ``exp_avg_scale``
-and ``exp_avg_sq_scale`` (float32, one for each block of 256 elements), and ``memory_order``, the
-dimensions of more than one element from the outermost to the innermost in memory: blocks are
-consecutive in that order. It is written down because strides do not survive every serializer.
+and ``exp_avg_sq_scale`` (float32, one for each block of 256 elements), and ``memory_order`` (int64,
+on the CPU), the dimensions of more than one element from the outermost to the innermost in memory:
+blocks are consecutive in that order. It is written down because strides do not survive every
+serializer.
 
 Both: ``step`` (float32, no dimensions), how many updates the parameter has had; on CUDA the device
 counts it, so that a captured graph goes on counting.
@@ -47,7 +48,8 @@ def zeros(param: Tensor, bits: int) -> Entry:
             "exp_avg": _dense_like(param, torch.float32).zero_(),
             "exp_avg_sq": _dense_like(param, torch.float32).zero_(),
         }
-    entry: Entry = {"step": step, "memory_order": memory_order(param)}
+    order = torch.tensor(memory_order(param), dtype=torch.int64, device="cpu")
+    entry: Entry = {"step": step, "memory_order": order}
     blocks = -(-param.numel() // BLOCK)
     for name, signed in MOMENTS:
         code_of_zero = 127 if signed else 0
@@ -88,7 +90,8 @@ def fit(entry: Entry, param: Tensor, bits: int, where: str) -> Entry:
     fitted: Entry = {k: deepcopy(v) for k, v in entry.items() if k not in _KEYS}
     fitted["step"] = _read_step(entry, where).to(param.device)
     if bits == 8:
-        fitted["memory_order"] = memory_order(param)
+        order_now = torch.tensor(memory_order(param), dtype=torch.int64, device="cpu")
+        fitted["memory_order"] = order_now
     for name, signed in MOMENTS:
         if is_coded:
             codes, scales = _read_codes(entry, name, param, where)
@@ -137,6 +140,8 @@ def _read_step(entry: Entry, where: str) -> Tensor:
 def _read_order(entry: Entry, param: Tensor, where: str) -> tuple[int, ...]:
     """The recorded memory order, without dimensions of one element."""
     order = _get(entry, "memory_order", where)
+    if isinstance(order, Tensor) and order.dim() == 1 and not order.is_floating_point():
+        order = tuple(order.tolist())
     matter = {d for d in range(param.dim()) if param.shape[d] > 1}
     if isinstance(order, (tuple, list)) and all(type(d) is int for d in order):
         known = len(set(order)) == len(order) and set(order) <= set(range(param.dim()))
@@ -153,7 +158,15 @@ def _read_values(entry: Entry, name: str, param: Tensor, where: str) -> Tensor:
         got = values.dtype if isinstance(values, Tensor) else type(values).__name__
         msg = f"{where}: {name!r} is {got}; a floating-point tensor is accepted"
         raise ValueError(msg)
-    return _of_shape(values, param.shape, name, where)
+    values = _of_shape(values, param.shape, name, where).to(torch.float32)
+    signed = dict(MOMENTS)[name]
+    good = values.isfinite() if signed else values.isfinite() & (values >= 0)
+    if not good.all():
+        value = values[~good][0].item()
+        accepted = "finite numbers" if signed else "finite numbers of at least 0"
+        msg = f"{where}: {name!r} holds {value}; {accepted} are accepted"
+        raise ValueError(msg)
+    return values
 
 
 def _read_codes(entry: Entry, name: str, param: Tensor, where: str) -> tuple[Tensor, Tensor]:
@@ -178,6 +191,9 @@ def _of_shape(tensor: Tensor, shape: torch.Size, key: str, where: str) -> Tensor
     if tensor.shape != shape:
         msg = f"{where}: {key!r} has shape {tuple(tensor.shape)}; {tuple(shape)} is accepted"
         raise ValueError(msg)
+    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
+        msg = f"{where}: the memory of {key!r} has been freed; a tensor that has memory is accepted"
+        raise ValueError(msg)
     return tensor.detach().to("cpu")
 
 
@@ -186,7 +202,7 @@ def _decode(codes: Tensor, scales: Tensor, order: tuple[int, ...], signed: bool)
     # dimensions of one element do not matter; they go last
     permutation = [*order, *(d for d in range(codes.dim()) if d not in order)]
     ordered = codes.permute(permutation).contiguous()
-    values = torch.empty(ordered.shape, dtype=torch.float32)
+    values = torch.empty(ordered.shape, dtype=torch.float32, device="cpu")
     _core.decode_blocks(ordered.view(-1), scales.contiguous(), values.view(-1), signed)
     inverse = [permutation.index(d) for d in range(codes.dim())]
     return values.permute(inverse)
@@ -196,7 +212,7 @@ def _encode(values: Tensor, param: Tensor, signed: bool) -> tuple[Tensor, Tensor
     """Codes and scales, in the parameter's memory order, of values of its shape."""
     codes = torch.empty_like(param, dtype=torch.uint8, device="cpu")
     ordered = torch.empty_like(param, dtype=torch.float32, device="cpu").copy_(values)
-    scales = torch.empty(-(-param.numel() // BLOCK), dtype=torch.float32)
+    scales = torch.empty(-(-param.numel() // BLOCK), dtype=torch.float32, device="cpu")
     _core.encode_blocks(_in_memory(ordered), _in_memory(codes), scales, signed)
     return codes.to(param.device), scales.to(param.device)
 

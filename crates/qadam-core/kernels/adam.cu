@@ -365,8 +365,9 @@ __device__ __forceinline__ void load_moments(
     }
 }
 
+// With `keep`, scales do not fall: elements that were skipped keep their codes.
 __device__ __forceinline__ void store_moments(
-    const Block& block, const Tensor& tensor, const Place& place, const Tables& tables
+    const Block& block, const Tensor& tensor, const Place& place, const Tables& tables, bool keep
 ) {
     if (!tensor.is_8bit) {
         store(block.m, FLOAT32, dense(tensor.m), place);
@@ -374,6 +375,10 @@ __device__ __forceinline__ void store_moments(
         return;
     }
     float m_scale = warp_max(block.m), v_scale = warp_max(block.v);
+    if (keep) {  // the same in every lane
+        m_scale = fmaxf(m_scale, usable_scale(*scale_of(tensor.m_scale, place)));
+        v_scale = fmaxf(v_scale, usable_scale(*scale_of(tensor.v_scale, place)));
+    }
     Normalizer m_normalizer(m_scale), v_normalizer(v_scale);
     Codes m, v;
 #pragma unroll
@@ -384,6 +389,7 @@ __device__ __forceinline__ void store_moments(
     }
     m.store(tensor.m, place);
     v.store(tensor.v, place);
+    __syncwarp();  // every lane has read the old scales
     if (place.lane == 0) {
         *scale_of(tensor.m_scale, place) = m_scale;
         *scale_of(tensor.v_scale, place) = v_scale;
@@ -406,7 +412,7 @@ __device__ __forceinline__ int step_block(
         if (nonfinite == place.len && !c.propagate) return nonfinite;
         block.make_finite();
     }
-    store_moments(block, tensor, place, tables);
+    store_moments(block, tensor, place, tables, nonfinite > 0 && !c.propagate);
     return nonfinite;
 }
 

@@ -1,43 +1,79 @@
 //! IEEE arithmetic for the length of a kernel, whatever the calling thread has set.
 //!
 //! `torch.set_flush_denormal(True)` makes a thread flush subnormals to zero, and new threads inherit
-//! that; the bits of a step must not depend on it.
+//! that; the bits of a step must not depend on it. On processors other than x86-64 and AArch64, where
+//! torch does not offer it, nothing is done.
 
 /// While it lives, this thread rounds to nearest even and keeps subnormals.
 pub(crate) struct Ieee {
-    #[cfg(target_arch = "x86_64")]
-    saved: u32,
+    saved: control::Word,
 }
-
-/// Round to nearest, no flush to zero, subnormal inputs kept, all exceptions masked.
-#[cfg(target_arch = "x86_64")]
-static DEFAULT: u32 = 0x1F80;
 
 impl Ieee {
-    #[cfg(target_arch = "x86_64")]
     pub(crate) fn enter() -> Self {
-        let mut saved = 0_u32;
-        // SAFETY: SSE is part of x86-64; both pointers are to live u32.
-        unsafe {
-            std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut saved, options(nostack));
-            std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const DEFAULT, options(nostack, readonly));
-        }
+        let saved = control::get();
+        control::set(control::IEEE);
         Self { saved }
     }
+}
 
-    #[cfg(not(target_arch = "x86_64"))]
-    pub(crate) fn enter() -> Self {
-        Self {}
+impl Drop for Ieee {
+    fn drop(&mut self) {
+        control::set(self.saved);
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-impl Drop for Ieee {
-    fn drop(&mut self) {
-        // SAFETY: as in `enter`; the value was read from the register there.
-        unsafe {
-            let saved = &raw const self.saved;
-            std::arch::asm!("ldmxcsr [{}]", in(reg) saved, options(nostack, readonly));
-        }
+mod control {
+    //! MXCSR.
+
+    pub(super) type Word = u32;
+
+    /// Round to nearest, no flush to zero, subnormal inputs kept, all exceptions masked.
+    pub(super) const IEEE: Word = 0x1F80;
+
+    pub(super) fn get() -> Word {
+        let mut word = 0;
+        // SAFETY: SSE is part of x86-64; the pointer is to a live u32.
+        unsafe { std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut word, options(nostack)) };
+        word
     }
+
+    pub(super) fn set(word: Word) {
+        let word = &raw const word;
+        // SAFETY: as in `get`; the word is the default or was read from the register.
+        unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) word, options(nostack, readonly)) };
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod control {
+    //! FPCR.
+
+    pub(super) type Word = u64;
+
+    /// Round to nearest, no flush to zero, no traps.
+    pub(super) const IEEE: Word = 0;
+
+    pub(super) fn get() -> Word {
+        let word;
+        // SAFETY: every AArch64 has the register, readable in user mode.
+        unsafe { std::arch::asm!("mrs {}, fpcr", out(reg) word, options(nomem, nostack)) };
+        word
+    }
+
+    pub(super) fn set(word: Word) {
+        // SAFETY: as in `get`, writable too; the word is the default or was read from it.
+        unsafe { std::arch::asm!("msr fpcr, {}", in(reg) word, options(nomem, nostack)) };
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod control {
+    //! Nothing to set.
+
+    pub(super) type Word = ();
+    pub(super) const IEEE: Word = ();
+    pub(super) fn get() -> Word {}
+    pub(super) fn set((): Word) {}
 }

@@ -20,6 +20,7 @@
 //! * Decoupled decay is `fma(-lr * weight_decay, p, p)`, so `1 - lr * weight_decay` is not rounded.
 
 use crate::error::{Error, Result};
+use crate::ieee::Ieee;
 
 /// How weight decay enters the update.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,6 +129,7 @@ impl Coefficients {
     /// The coefficients of step `t`, counted from 1.
     #[must_use]
     pub fn new(hyper: &Hyper, t: u64) -> Self {
+        let _ieee = Ieee::enter(); // a subnormal coefficient stays one
         let c1 = 1.0 - power(hyper.beta1, t);
         let root_c2 = (1.0 - power(hyper.beta2, t)).sqrt();
         let (l2, shrink) = match hyper.decay {

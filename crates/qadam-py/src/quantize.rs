@@ -6,6 +6,8 @@ use pyo3::{PyErr, intern};
 use qadam_core::codec::block::{self, BLOCK};
 use qadam_core::codec::dynamic::{self, Sign};
 
+use crate::tensor::{is_freed, is_negated};
+
 const fn sign(signed: bool) -> Sign {
     if signed { Sign::Signed } else { Sign::Unsigned }
 }
@@ -50,7 +52,15 @@ fn vector(
         let text = format!("{name} has {got} elements, {expected} are needed");
         return Err(PyValueError::new_err(text));
     }
-    Ok((tensor.call_method0(intern!(py, "data_ptr"))?.extract()?, got))
+    let pointer: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
+    let size: usize = tensor.call_method0(intern!(py, "element_size"))?.extract()?;
+    if got > 0 && (is_freed(tensor, pointer)? || !pointer.is_multiple_of(size)) {
+        return Err(wrong(format!("lies at {pointer:#x}, without memory or not aligned")));
+    }
+    if is_negated(tensor)? {
+        return Err(wrong("is a lazily negated view".to_owned()));
+    }
+    Ok((pointer, got))
 }
 
 /// Raises `ValueError` where one tensor's bytes are another's too.
@@ -71,7 +81,7 @@ unsafe fn slice<'a, T>(pointer: usize, len: usize) -> &'a [T] {
     if len == 0 {
         return &[];
     }
-    // SAFETY: torch's allocations are aligned and initialised for their dtype.
+    // SAFETY: `vector` found the address aligned and its memory there; torch's are initialised.
     unsafe { std::slice::from_raw_parts(pointer as *const T, len) }
 }
 

@@ -110,12 +110,8 @@ impl Refusal {
 impl<'py> Tensor<'py> {
     /// Reads a gradient; the inner result says why it is refused.
     pub fn read_gradient(object: &Bound<'py, PyAny>) -> PyResult<Result<Self, Refusal>> {
-        let py = object.py();
-        if is_negated(object)? {
-            // its memory holds the opposite values; as it is only read, a copy will do
-            return Self::read(&object.call_method0(intern!(py, "resolve_neg"))?);
-        }
-        Self::read(object)
+        // as it is only read, a copy will do for a lazily negated one
+        Self::read(&object.call_method0(intern!(object.py(), "resolve_neg"))?)
     }
 
     /// Reads `object`; the inner result says why it is refused.
@@ -149,8 +145,10 @@ impl<'py> Tensor<'py> {
             );
             return refuse(Kind::Value, reason);
         }
-        if pointer == 0 && numel(&shape)? > 0 {
-            return refuse(Kind::Value, "has no memory of its own".to_owned());
+        if numel(&shape)? > 0 && is_freed(object, pointer)? {
+            let reason =
+                "has no memory, or its memory has been freed; a tensor with memory is accepted";
+            return refuse(Kind::Value, reason.to_owned());
         }
         Ok(Ok(Self { object: object.clone(), device, dtype, pointer, shape, strides }))
     }
@@ -176,7 +174,23 @@ impl<'py> Tensor<'py> {
     }
 }
 
-fn is_negated(object: &Bound<'_, PyAny>) -> PyResult<bool> {
+/// Whether the memory behind a tensor that is not empty is gone (`untyped_storage().resize_(0)`, as
+/// FSDP does). The address of a view into such a storage is its offset, not null.
+pub fn is_freed(object: &Bound<'_, PyAny>, pointer: usize) -> PyResult<bool> {
+    let py = object.py();
+    if pointer == 0 {
+        return Ok(true);
+    }
+    let offset: usize = object.call_method0(intern!(py, "storage_offset"))?.extract()?;
+    if offset == 0 {
+        return Ok(false);
+    }
+    let storage = object.call_method0(intern!(py, "untyped_storage"))?;
+    Ok(storage.call_method0(intern!(py, "nbytes"))?.extract::<usize>()? == 0)
+}
+
+/// Whether a tensor is a lazily negated view, whose memory holds the opposite values.
+pub fn is_negated(object: &Bound<'_, PyAny>) -> PyResult<bool> {
     object.call_method0(intern!(object.py(), "is_neg"))?.is_truthy()
 }
 

@@ -61,9 +61,9 @@ class QAdam(Optimizer):
         self._nonfinite = nonfinite
         self._engine = _core.Engine(self._decoupled, nonfinite)
         self._nonfinite_count = 0
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        # as torch has it: a saved AdamW is not taken for an Adam
+        super().__init__(params, {**defaults, "decoupled_weight_decay": self._decoupled})
 
     def _resolve_bits(self, optim_bits: int) -> int:
         if optim_bits not in (8, 32):
@@ -97,14 +97,12 @@ class QAdam(Optimizer):
         """
         if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
-            ids = [id(p[1] if isinstance(p, tuple) else p) for p in param_group["params"]]
-            for position, parameter in enumerate(ids):
-                if parameter in ids[:position]:
-                    first = ids.index(parameter)
-                    msg = (
-                        f"the parameter at position {position} is the one at {first}: give it once"
-                    )
-                    raise ValueError(msg)
+            first: dict[int, int] = {}
+            for position, item in enumerate(param_group["params"]):
+                param = item[1] if isinstance(item, tuple) else item
+                if first.setdefault(id(param), position) != position:
+                    msg = f"the parameter at position {position} is the one at {first[id(param)]}"
+                    raise ValueError(msg + ": give it once")
         super().add_param_group(param_group)
         group, number = self.param_groups[-1], len(self.param_groups) - 1
         try:
@@ -260,6 +258,8 @@ class QAdam(Optimizer):
             for key, param in zip(keys, params, strict=True):
                 by_key[key] = (len(by_key), param)
             group["params"] = params
+            if self._decoupled:  # torch's AdamW decouples whatever it loads, too
+                group["decoupled_weight_decay"] = True
             if "param_names" in own:
                 group.setdefault("param_names", own["param_names"])
             self._check_group(group)

@@ -50,7 +50,8 @@ pub fn decode(code: u8, scale: f32, sign: Sign) -> f32 {
     dynamic::decode(code, sign) * scale
 }
 
-/// Encodes one block of at most [`BLOCK`] values and returns its scale.
+/// Encodes one block of at most [`BLOCK`] values and returns its scale: the largest magnitude, or
+/// `least` where that is larger.
 ///
 /// Non-finite values count as zero, so that one of them does not spoil its block. A positive value
 /// of an unsigned block (a second moment) never takes the code of zero:
@@ -58,10 +59,10 @@ pub fn decode(code: u8, scale: f32, sign: Sign) -> f32 {
 ///
 /// # Panics
 /// If the slices differ in length.
-pub fn encode_block(values: &[f32], sign: Sign, codes: &mut [u8]) -> f32 {
+pub fn encode_block(values: &[f32], sign: Sign, least: f32, codes: &mut [u8]) -> f32 {
     assert_eq!(values.len(), codes.len(), "a code for each value");
     let finite = |x: f32| if x.is_finite() { x } else { 0.0 };
-    let scale = values.iter().fold(0.0_f32, |max, &x| max.max(finite(x).abs()));
+    let scale = values.iter().fold(least.max(0.0), |max, &x| max.max(finite(x).abs()));
     let normalizer = Normalizer::new(scale);
     for (code, &value) in codes.iter_mut().zip(values) {
         let value = finite(value);
@@ -85,7 +86,7 @@ pub fn encode_blocks(values: &[f32], sign: Sign, codes: &mut [u8], scales: &mut 
     let _ieee = Ieee::enter();
     let blocks = values.chunks(BLOCK).zip(codes.chunks_mut(BLOCK));
     for ((values, codes), scale) in blocks.zip(scales) {
-        *scale = encode_block(values, sign, codes);
+        *scale = encode_block(values, sign, 0.0, codes);
     }
 }
 

@@ -6,7 +6,6 @@
 //! dropped, as dropping it would wait for the threads that are not there; its lock is never taken,
 //! as another thread may have held it when the process forked.
 
-use std::collections::HashMap;
 use std::process;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -15,26 +14,26 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, Result};
 
-/// The pools of one process, by size.
-struct Pools {
+/// The pool of one process: that of the size used last, so that threads do not pile up.
+struct Current {
     process: u32,
-    by_size: Mutex<HashMap<usize, Arc<ThreadPool>>>,
+    pool: Mutex<Option<Arc<ThreadPool>>>,
 }
 
-static POOLS: AtomicPtr<Pools> = AtomicPtr::new(std::ptr::null_mut());
+static CURRENT: AtomicPtr<Current> = AtomicPtr::new(std::ptr::null_mut());
 
-/// This process's pools.
-fn pools() -> &'static Pools {
+/// This process's pool.
+fn current() -> &'static Current {
     let process = process::id();
-    let current = POOLS.load(Ordering::Acquire);
+    let found = CURRENT.load(Ordering::Acquire);
     // SAFETY: the pointer is null or came from `Box::into_raw` below and is never freed.
-    if let Some(pools) = unsafe { current.as_ref() }
-        && pools.process == process
+    if let Some(current) = unsafe { found.as_ref() }
+        && current.process == process
     {
-        return pools;
+        return current;
     }
-    let fresh = Box::into_raw(Box::new(Pools { process, by_size: Mutex::default() }));
-    match POOLS.compare_exchange(current, fresh, Ordering::AcqRel, Ordering::Acquire) {
+    let fresh = Box::into_raw(Box::new(Current { process, pool: Mutex::default() }));
+    match CURRENT.compare_exchange(found, fresh, Ordering::AcqRel, Ordering::Acquire) {
         // SAFETY: `fresh` is now shared for the life of the process.
         Ok(_) => unsafe { &*fresh },
         Err(winner) => {
@@ -48,13 +47,13 @@ fn pools() -> &'static Pools {
     }
 }
 
-/// A pool of `count` threads, started at the first call of this process for that count.
+/// A pool of `count` threads, started where this process's last one had another number.
 ///
 /// # Errors
 /// [`Error::ThreadPool`] where the system does not give the threads.
 pub(super) fn pool(count: usize) -> Result<Arc<ThreadPool>> {
-    let mut by_size = pools().by_size.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(pool) = by_size.get(&count) {
+    let mut current = current().pool.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(pool) = current.as_ref().filter(|pool| pool.current_num_threads() == count) {
         return Ok(Arc::clone(pool));
     }
     let pool = ThreadPoolBuilder::new()
@@ -63,7 +62,7 @@ pub(super) fn pool(count: usize) -> Result<Arc<ThreadPool>> {
         .build()
         .map_err(|error| Error::ThreadPool { count, reason: error.to_string() })?;
     let pool = Arc::new(pool);
-    by_size.insert(count, Arc::clone(&pool));
+    *current = Some(Arc::clone(&pool));
     Ok(pool)
 }
 

@@ -45,7 +45,8 @@ pub(super) unsafe fn step32<P: Float, G: Float>(
 }
 
 /// 8-bit moments. A block without a single finite gradient keeps its codes and scales as they are;
-/// otherwise every element of the block is encoded anew for its new scale.
+/// otherwise every element of the block is encoded anew for its new scale. Where some elements are
+/// skipped, the scale does not fall, so that theirs stay what they were.
 ///
 /// # Safety
 /// As [`Kernel`](super::kernels) says, for elements of `P` and `G`.
@@ -82,8 +83,10 @@ pub(super) unsafe fn step8<P: Float, G: Float>(
         }
         nonfinite += skipped;
         if skipped < p.len() || c.propagate {
-            *m_scale = block::encode_block(&m[..p.len()], Sign::Signed, m_code);
-            *v_scale = block::encode_block(&v[..p.len()], Sign::Unsigned, v_code);
+            let keep = skipped > 0 && !c.propagate;
+            let (m_least, v_least) = if keep { (m_old, v_old) } else { (0.0, 0.0) };
+            *m_scale = block::encode_block(&m[..p.len()], Sign::Signed, m_least, m_code);
+            *v_scale = block::encode_block(&v[..p.len()], Sign::Unsigned, v_least, v_code);
         }
     }
     nonfinite

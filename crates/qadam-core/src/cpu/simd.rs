@@ -391,7 +391,11 @@ unsafe fn block8<L: Lanes, P: VectorFloat, G: VectorFloat>(
         if nonfinite == len && !c.propagate {
             return nonfinite;
         }
-        let (m_max, v_max) = (L::reduce_max(pass.m_max), L::reduce_max(pass.v_max));
+        let (mut m_max, mut v_max) = (L::reduce_max(pass.m_max), L::reduce_max(pass.v_max));
+        if nonfinite > 0 && !c.propagate {
+            m_max = m_max.max(block::usable_scale(*m_scale));
+            v_max = v_max.max(block::usable_scale(*v_scale));
+        }
         (*m_scale, *v_scale) = (m_max, v_max);
         let m_encoder = Encoder::<L>::new(m_max);
         let v_encoder = Encoder::<L>::new(v_max);

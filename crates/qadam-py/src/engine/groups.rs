@@ -8,6 +8,17 @@ use qadam_core::{Decay, Hyper, NonFinite};
 
 use crate::tensor::{Device, Tensor, Torch};
 
+/// Options of the optimizer that a group may not override yet.
+const OVERRIDES: [&str; 7] = [
+    "optim_bits",
+    "min_8bit_size",
+    "percentile_clipping",
+    "block_wise",
+    "is_paged",
+    "args",
+    "nonfinite",
+];
+
 /// A group's hyperparameters.
 #[derive(Debug, Clone, Copy)]
 pub struct Group {
@@ -17,8 +28,8 @@ pub struct Group {
 }
 
 impl Group {
-    /// Reads a group. As in torch, ranges are checked when a group is added and not again: a
-    /// schedule may pass a little below zero.
+    /// Reads a group. As in torch, the ranges of what schedules change are checked when a group is
+    /// added and not again: they may pass a little below zero.
     pub fn read(
         group: &Bound<'_, PyDict>,
         index: usize,
@@ -32,6 +43,18 @@ impl Group {
                 return Err(PyNotImplementedError::new_err(text));
             }
         }
+        for name in OVERRIDES {
+            if group.contains(name)? {
+                let text = format!("{name} of group {index} is set; it is not implemented yet");
+                return Err(PyNotImplementedError::new_err(text));
+            }
+        }
+        let decoupled = group.get_item("decoupled_weight_decay")?;
+        let wants_decoupled = decoupled.is_some_and(|value| value.is_truthy().unwrap_or(true));
+        if wants_decoupled && decay == Decay::Coupled {
+            let text = format!("decoupled_weight_decay of group {index} is set: use AdamW");
+            return Err(PyNotImplementedError::new_err(text));
+        }
         let get = |name: &Bound<'_, PyString>| number(&name.to_string(), index, item(group, name)?);
         let betas = item(group, intern!(py, "betas"))?;
         let lr = item(group, intern!(py, "lr"))?;
@@ -39,8 +62,8 @@ impl Group {
         Ok(Self {
             hyper: Hyper {
                 lr: if lr_address.is_some() { 0.0 } else { number("lr", index, lr)? },
-                beta1: number("betas[0]", index, betas.get_item(0)?)?,
-                beta2: number("betas[1]", index, betas.get_item(1)?)?,
+                beta1: beta("betas[0]", index, betas.get_item(0)?)?,
+                beta2: beta("betas[1]", index, betas.get_item(1)?)?,
                 eps: get(intern!(py, "eps"))?,
                 weight_decay: get(intern!(py, "weight_decay"))?,
                 decay,
@@ -63,6 +86,17 @@ impl Group {
             other => Ok(other.map(|(_, address)| address as u64)),
         }
     }
+}
+
+/// A decay rate: outside its range a moment would be a square root of something negative.
+fn beta(name: &str, group: usize, value: Bound<'_, PyAny>) -> PyResult<f64> {
+    let number = number(name, group, value)?;
+    if (0.0..1.0).contains(&number) {
+        return Ok(number);
+    }
+    let text =
+        format!("{name} of group {group} is {number}; at least 0 and less than 1 is accepted");
+    Err(PyValueError::new_err(text))
 }
 
 /// Device and address of a value that is a float32 tensor on a CUDA device.

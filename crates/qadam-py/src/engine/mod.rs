@@ -66,16 +66,18 @@ impl Engine {
         let backend = Backend::current().map_err(|error| to_python(&error))?;
         let threads = cpu::pool::threads(threads).map_err(|error| to_python(&error))?;
         let Ok(mut tensors) = self.0.try_lock() else {
-            let text = "this optimizer is in the middle of a step on another thread";
+            let text = "this optimizer is in the middle of a step, on another thread or from within itself";
             return Err(PyRuntimeError::new_err(text));
         };
-        let mut created = Vec::new();
-        let outcome = tensors.run(py, groups, state, make_state, threads, backend, &mut created);
+        let mut before = Vec::new();
+        let outcome = tensors.run(py, groups, state, make_state, threads, backend, &mut before);
         if outcome.is_err() {
-            // a step that failed leaves no state behind
-            for param in created {
-                if state.contains(&param)? {
-                    state.del_item(param)?;
+            // a step that failed leaves the state as it was
+            for (param, entry) in before.into_iter().rev() {
+                match entry {
+                    Some(entry) => state.set_item(param, entry)?,
+                    None if state.contains(&param)? => state.del_item(param)?,
+                    None => {}
                 }
             }
             tensors.forget();

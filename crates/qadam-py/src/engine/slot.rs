@@ -10,7 +10,7 @@ use qadam_core::{
     is_dense_like,
 };
 
-use crate::tensor::{Device, Tensor, Torch};
+use crate::tensor::{Device, Tensor, Torch, is_freed, is_negated};
 
 /// A parameter that has state.
 pub struct Slot {
@@ -34,6 +34,8 @@ pub struct Slot {
 pub struct StateTensor {
     pub key: Py<PyString>,
     pub object: Py<PyAny>,
+    dtype: Py<PyAny>,
+    len: usize,
     pub pointer: usize,
     pub bytes: usize,
 }
@@ -123,6 +125,8 @@ impl Slot {
         let dtype = param.getattr(intern!(py, "dtype"))?;
         if !self.param.is(param)
             || Tensor::pointer_of(param)? != self.pointer
+            || (!self.walk.is_empty() && is_freed(param, self.pointer)?)
+            || is_negated(param)?
             || Device::of(param)? != Some(self.device)
             || Torch::get(py)?.dtype(&dtype) != Some(self.dtype)
             || !param.getattr(intern!(py, "shape"))?.eq(self.shape.bind(py))?
@@ -135,7 +139,7 @@ impl Slot {
             let Some(object) = entry.get_item(tensor.key.bind(py))? else {
                 return Ok(false);
             };
-            if !object.is(&tensor.object) || Tensor::pointer_of(&object)? != tensor.pointer {
+            if !object.is(&tensor.object) || !tensor.is_current(&object)? {
                 return Ok(false);
             }
         }
@@ -214,14 +218,37 @@ impl StateTensor {
             return refuse(format!("has shape {got:?} and strides {stride:?}"), &accepted);
         }
         let pointer = Tensor::pointer_of(&object)?;
-        if param.device != Device::Cpu && spec.name != "step" && !pointer.is_multiple_of(16) {
-            return refuse(format!("lies at {pointer:#x}"), "an address that is a multiple of 16");
+        let alignment = match param.device {
+            Device::Cuda(_) if spec.name != "step" => 16, // for vectors
+            _ => size,
+        };
+        if !pointer.is_multiple_of(alignment) {
+            let accepted = format!("an address that is a multiple of {alignment}");
+            return refuse(format!("lies at {pointer:#x}"), &accepted);
+        }
+        if spec.len > 0 && is_freed(&object, pointer)? {
+            return refuse("has no memory".to_owned(), "a tensor with memory");
+        }
+        if is_negated(&object)? {
+            return refuse("is a lazily negated view".to_owned(), "a tensor that holds its values");
         }
         Ok(Self {
             key: PyString::intern(py, name).unbind(),
             pointer,
+            dtype: dtype.unbind(),
+            len: spec.len,
             object: object.unbind(),
             bytes: spec.len * size,
         })
+    }
+
+    /// Whether the tensor still is what it was when it was checked.
+    fn is_current(&self, object: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let py = object.py();
+        Ok(Tensor::pointer_of(object)? == self.pointer
+            && object.getattr(intern!(py, "dtype"))?.is(&self.dtype)
+            && object.call_method0(intern!(py, "numel"))?.extract::<usize>()? == self.len
+            && !is_negated(object)?
+            && (self.len == 0 || !is_freed(object, self.pointer)?))
     }
 }

@@ -29,9 +29,14 @@ pub struct Tensors {
     /// The parameters for which memory was last found to be in order, and how many runs they take:
     /// those that share memory take turns.
     arranged: Vec<usize>,
+    /// What the arranged parameters and their state take of memory: ascending, not overlapping.
+    taken: Vec<Range<usize>>,
     waves: usize,
     devices: Devices,
 }
+
+/// A parameter and its entry in `optimizer.state`, if it had one.
+pub type Before<'py> = (Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
 
 /// A gradient that passed every check.
 struct Pending<'py> {
@@ -44,9 +49,9 @@ struct Pending<'py> {
 impl Tensors {
     /// Nothing known yet.
     pub fn new(decay: Decay, nonfinite: NonFinite) -> Self {
-        let (slots, entries, arranged) = (Vec::new(), Vec::new(), Vec::new());
+        let (slots, entries, arranged, taken) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let devices = Devices::default();
-        Self { decay, nonfinite, slots, entries, arranged, waves: 1, devices }
+        Self { decay, nonfinite, slots, entries, arranged, taken, waves: 1, devices }
     }
 
     /// The parameters that have state.
@@ -66,7 +71,7 @@ impl Tensors {
         self.arranged.clear();
     }
 
-    /// A step; parameters whose state it makes are added to `created`.
+    /// A step; parameters whose state it makes or replaces are added to `before`, with what they had.
     #[expect(clippy::too_many_arguments, reason = "`step`'s, and what it derives from them")]
     pub fn run<'py>(
         &mut self,
@@ -76,9 +81,9 @@ impl Tensors {
         make_state: &Bound<'py, PyAny>,
         threads: usize,
         backend: Backend,
-        created: &mut Vec<Bound<'py, PyAny>>,
+        before: &mut Vec<Before<'py>>,
     ) -> PyResult<usize> {
-        let pending = self.gather(groups, state, make_state, created)?;
+        let pending = self.gather(groups, state, make_state, before)?;
         let waves = self.prepare(py, &pending)?;
         self.devices.open(py, &waves)?;
         let _adopted = self.adopt(&pending)?;
@@ -131,7 +136,7 @@ impl Tensors {
         groups: &Bound<'py, PyList>,
         state: &Bound<'py, PyDict>,
         make_state: &Bound<'py, PyAny>,
-        created: &mut Vec<Bound<'py, PyAny>>,
+        before: &mut Vec<Before<'py>>,
     ) -> PyResult<Vec<Pending<'py>>> {
         let py = groups.py();
         if !self.entries.iter().copied().eq(identities(state)) {
@@ -174,11 +179,14 @@ impl Tensors {
         }
         self.slots.truncate(index);
         if !fresh.is_empty() {
-            self.register(&fresh, state, make_state, created)?;
+            self.register(&fresh, state, make_state, before)?;
         }
         let indices = pending.iter().map(|item| item.index);
         if !fresh.is_empty() || !indices.clone().eq(self.arranged.iter().copied()) {
             self.arrange(indices.collect())?;
+        }
+        for item in &mut pending {
+            self.separate(&mut item.grad)?;
         }
         Ok(pending)
     }
@@ -190,25 +198,23 @@ impl Tensors {
         fresh: &[(usize, Tensor<'py>, Walk)],
         state: &Bound<'py, PyDict>,
         make_state: &Bound<'py, PyAny>,
-        created: &mut Vec<Bound<'py, PyAny>>,
+        before: &mut Vec<Before<'py>>,
     ) -> PyResult<()> {
         let wanting = PyList::empty(state.py());
-        let mut missing = Vec::new();
         for (index, param, walk) in fresh {
-            let fits = if let Some(entry) = state.get_item(&param.object)? {
-                Slot::new(*index, param, walk, entry.cast::<PyDict>()?).is_ok()
-            } else {
-                missing.push(param.object.clone());
-                false
+            let entry = state.get_item(&param.object)?;
+            let fits = match &entry {
+                Some(entry) => Slot::new(*index, param, walk, entry.cast::<PyDict>()?).is_ok(),
+                None => false,
             };
             if !fits {
                 wanting.append(&param.object)?;
+                before.push((param.object.clone(), entry));
             }
         }
         if !wanting.is_empty() {
             make_state.call1((wanting,))?;
         }
-        *created = missing;
         let mut slots = Vec::with_capacity(fresh.len());
         for (index, param, walk) in fresh {
             let entry = item(state, &param.object)?.cast_into::<PyDict>()?;
@@ -239,7 +245,12 @@ impl Tensors {
         ranges.sort_unstable_by_key(|(range, ..)| range.start);
         // for parameters and for state: how far memory is taken, and by whom
         let (mut param_end, mut state_end) = ((0, 0), (0, 0));
+        let mut merged: Vec<Range<usize>> = Vec::with_capacity(ranges.len());
         for (range, index, is_state) in ranges {
+            match merged.last_mut() {
+                Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+                _ => merged.push(range.clone()),
+            }
             let (end, other) = if is_state { state_end.max(param_end) } else { state_end };
             if range.start < end {
                 let text = format!(
@@ -253,12 +264,27 @@ impl Tensors {
             let reach = if is_state { &mut state_end } else { &mut param_end };
             *reach = (*reach).max((range.end, index));
         }
+        self.taken = merged;
         self.waves = 1;
         for (&index, wave) in indices.iter().zip(cpu::disjoint_waves(&params)) {
             self.waves = self.waves.max(wave + 1);
             self.slots[index].as_mut().expect("read above").wave = wave;
         }
         self.arranged = indices;
+        Ok(())
+    }
+
+    /// Replaces a gradient by a copy where it shares memory with something that the step writes:
+    /// every gradient is read as it is before the step.
+    fn separate(&self, grad: &mut Tensor<'_>) -> PyResult<()> {
+        let start = grad.pointer;
+        let end = start + grad.span()? * grad.dtype.size();
+        let next = self.taken.partition_point(|range| range.end <= start);
+        if self.taken.get(next).is_some_and(|range| range.start < end) && start < end {
+            let copy = grad.object.call_method0(intern!(grad.object.py(), "clone"))?;
+            *grad =
+                Tensor::read(&copy)?.map_err(|refusal| refusal.to_python("a gradient's copy"))?;
+        }
         Ok(())
     }
 
