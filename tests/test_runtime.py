@@ -452,7 +452,7 @@ def test_steps_leave_no_python_objects_behind(bits):
     left, peaks = [], []
     tracemalloc.start()
     try:
-        for _ in range(4):
+        for _ in range(12):
             before, _ = tracemalloc.get_traced_memory()
             tracemalloc.reset_peak()
             for _ in range(100):
