@@ -1,6 +1,9 @@
 """What a user, or a tool, can do to an optimizer's tensors between two steps: an error or the right
 update, never a stale pointer, and never a state that a failed step has changed."""
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import frozen, give_grads, same_bits, state_values, train
@@ -189,3 +192,55 @@ def test_many_parameters_are_checked_for_duplicates_quickly():
     params = [Parameter(torch.ones(1)) for _ in range(5000)]
     with pytest.raises(ValueError, match="position 5000 is the one at 17"):
         qadam.Adam([*params, params[17]])
+
+
+@pytest.mark.cpu_only
+@WIDTHS
+def test_subnormal_coefficients_survive_flush_to_zero_in_the_calling_thread(bits):
+    """torch.set_flush_denormal would make an eps of 1e-39 zero, and the update infinite."""
+
+    def stepped():
+        p = Parameter(torch.ones(300))
+        p.grad = torch.full((300,), 1e-25)
+        optimizer_of([p], bits, eps=1e-39).step()
+        return p.detach()
+
+    want = stepped()
+    assert want.isfinite().all()
+    torch.set_flush_denormal(True)
+    try:
+        got = stepped()
+    finally:
+        torch.set_flush_denormal(False)
+    assert same_bits(got, want)
+
+
+@pytest.mark.cpu_only
+def test_threads_of_earlier_thread_counts_do_not_pile_up():
+    def count():
+        tasks = Path("/proc/self/task").iterdir()
+        return sum((task / "comm").read_text().startswith("qadam-") for task in tasks)
+
+    p = Parameter(torch.ones(300_000))
+    p.grad = torch.ones(300_000)
+    optimizer = qadam.Adam([p])
+    before = torch.get_num_threads()
+    try:
+        for threads in (5, 6, 7, 3):
+            torch.set_num_threads(threads)
+            optimizer.step()
+    finally:
+        torch.set_num_threads(before)
+    deadline = time.monotonic() + 20  # they end on their own
+    while count() > 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert count() <= 3
+
+
+def test_a_default_device_does_not_reach_into_loading():
+    _, optimizer = trained(32)
+    other = optimizer_of([Parameter(torch.ones(600))], 8)
+    with torch.device("meta"):
+        other.load_state_dict(optimizer.state_dict())
+    (entry,) = other.state.values()
+    assert not any(value.is_meta for value in entry.values())
