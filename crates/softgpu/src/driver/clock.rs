@@ -47,7 +47,7 @@ pub struct History {
 
 impl History {
     /// Adds an operation's access. Returns what it races with.
-    #[allow(clippy::too_many_arguments)] // one access, and who made it when
+    #[expect(clippy::too_many_arguments, reason = "one access, and who made it when")]
     pub fn add(
         &mut self,
         region: u64,

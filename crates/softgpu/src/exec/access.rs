@@ -136,7 +136,7 @@ impl Warp {
     }
 
     /// Reads `n` bytes for lane `l`.
-    #[allow(clippy::too_many_arguments)] // one access and where it comes from
+    #[expect(clippy::too_many_arguments, reason = "one access and where it comes from")]
     fn fetch(
         &mut self,
         cx: &mut Context<'_>,
@@ -208,7 +208,7 @@ impl Warp {
     }
 
     /// Writes `data` for lane `l`.
-    #[allow(clippy::too_many_arguments)] // one access and where it comes from
+    #[expect(clippy::too_many_arguments, reason = "one access and where it comes from")]
     fn put(
         &mut self,
         cx: &mut Context<'_>,

@@ -28,7 +28,7 @@ impl Warp {
     }
 
     /// Lanes `exec` (of the group `mask`) arrive at `inst`.
-    #[allow(clippy::too_many_arguments)] // the state of one instruction
+    #[expect(clippy::too_many_arguments, reason = "the state of one instruction")]
     pub(super) fn meet(
         &mut self,
         cx: &mut Context<'_>,
