@@ -148,6 +148,47 @@ pub enum Error {
         /// Why, and what to do about it.
         reason: String,
     },
+    /// A device that has no managed memory, which paged state needs.
+    #[error(
+        "device {ordinal} has no managed memory, which paged state needs; use a class that is not \
+         paged"
+    )]
+    NoManagedMemory {
+        /// The device's number.
+        ordinal: usize,
+    },
+    /// The file that holds paged state could not be made, or not be written.
+    #[error("{doing} in QADAM_PAGE_DIR={directory:?}: {reason}")]
+    PageFile {
+        /// The directory.
+        directory: String,
+        /// What was being done.
+        doing: String,
+        /// The operating system's error number, 0 if it is not one of its errors.
+        errno: i32,
+        /// The error in words, and what would be accepted.
+        reason: String,
+    },
+    /// `QADAM_PAGE_MEMORY` is not a number of bytes.
+    #[error("QADAM_PAGE_MEMORY is {value:?}; a whole number of bytes is accepted")]
+    PageMemory {
+        /// The variable's value.
+        value: String,
+    },
+    /// Paged state that belongs to the process from which this one was forked.
+    #[error(
+        "the paged state of tensor {index} belongs to process {owner}, from which this process \
+         ({process}) was forked: both would write it; give the optimizer state of its own with \
+         optimizer.load_state_dict(optimizer.state_dict())"
+    )]
+    Forked {
+        /// Position of the tensor among those given.
+        index: usize,
+        /// The process that made the state.
+        owner: u32,
+        /// This process.
+        process: u32,
+    },
     /// An address on a device that the kernels cannot use.
     #[error(
         "{what} of tensor {index} is at device address {address:#x}; a multiple of {accepted} \

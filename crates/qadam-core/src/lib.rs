@@ -8,6 +8,7 @@ mod error;
 mod ieee;
 mod layout;
 mod optimizer;
+pub mod paging;
 pub mod rule;
 mod state;
 mod tensor;

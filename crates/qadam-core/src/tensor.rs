@@ -1,6 +1,8 @@
 //! One tensor's step by raw pointers: what the safe API and the Python binding both hand to a back
 //! end.
 
+use std::ops::Range;
+
 use crate::codec::BLOCK;
 use crate::dtype::DType;
 use crate::layout::Walk;
@@ -76,6 +78,29 @@ impl RawState {
         match self {
             Self::F32(_) => StateFormat::F32,
             Self::Dynamic8(_) => StateFormat::Dynamic8,
+        }
+    }
+}
+
+impl RawState {
+    /// The addresses of what elements `start..start + len` have in each buffer; `start` begins a
+    /// block.
+    pub(crate) fn addresses(self, start: usize, len: usize) -> Vec<Range<usize>> {
+        let blocks = start / BLOCK..(start + len).div_ceil(BLOCK);
+        let part = |base: usize, range: &Range<usize>, size: usize| {
+            base + range.start * size..base + range.end * size
+        };
+        let elements = start..start + len;
+        match self {
+            Self::F32(Moments32 { m, v }) => {
+                vec![part(m.addr(), &elements, 4), part(v.addr(), &elements, 4)]
+            }
+            Self::Dynamic8(Moments8 { m_code, m_scale, v_code, v_scale }) => vec![
+                part(m_code.addr(), &elements, 1),
+                part(m_scale.addr(), &blocks, 4),
+                part(v_code.addr(), &elements, 1),
+                part(v_scale.addr(), &blocks, 4),
+            ],
         }
     }
 }

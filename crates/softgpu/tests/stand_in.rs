@@ -5,7 +5,9 @@ mod stand_in;
 
 use std::ffi::CString;
 
-use cudarc::driver::sys::{self, CUfunction_attribute_enum as A, CUresult};
+use cudarc::driver::sys::{
+    self, CUdevice_attribute_enum as D, CUfunction_attribute_enum as A, CUresult,
+};
 use cudarc::driver::{CudaContext, DriverError, LaunchConfig, PushKernelArg, result};
 use stand_in::Soft;
 
@@ -456,6 +458,48 @@ fn managed_memory_logs_prefetches_and_faults() {
     }
     assert_eq!(soft.leak("managed_bytes"), 0);
     d.closed_after_fault();
+}
+
+#[test]
+fn devices_may_be_without_managed_memory_or_concurrent_access() {
+    let soft = Soft::fresh();
+    let d = Device::new(0);
+    let attribute = |which| {
+        result::device::get(0).and_then(|device| {
+            // SAFETY: a device that exists.
+            unsafe { result::device::get_attribute(device, which) }
+        })
+    };
+    let both = || {
+        [D::CU_DEVICE_ATTRIBUTE_MANAGED_MEMORY, D::CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS]
+            .map(|which| attribute(which).unwrap())
+    };
+    assert_eq!(both(), [1, 1]);
+    // SAFETY: sizes as allocated; freed below.
+    unsafe {
+        let allocate =
+            || result::malloc_managed(4096, sys::CUmemAttach_flags::CU_MEM_ATTACH_GLOBAL);
+        let x = allocate().unwrap();
+        let advise = |advice, device| sys::cuMemAdvise(x, 4096, advice, device) as i32;
+        let preferred = sys::CUmem_advise::CU_MEM_ADVISE_SET_PREFERRED_LOCATION;
+        let accessed = sys::CUmem_advise::CU_MEM_ADVISE_SET_ACCESSED_BY;
+        soft.set_concurrent(false);
+        assert_eq!(both(), [1, 0]);
+        assert_eq!(sys::cuMemPrefetchAsync(x, 4096, 0, std::ptr::null_mut()) as i32, 101);
+        assert_eq!(
+            [advise(preferred, 0), advise(accessed, 0), advise(preferred, -1)],
+            [101, 101, 0]
+        );
+        soft.set_concurrent(true);
+        assert_eq!(sys::cuMemPrefetchAsync(x, 4096, 0, std::ptr::null_mut()) as i32, 0);
+        let log = soft.text("softgpu_call_log");
+        assert!(log.contains(&format!("\"note\":\"at {x:#x}, to Device(0)\"")), "{log}");
+        result::free_sync(x).unwrap();
+        soft.set_managed(false);
+        assert_eq!(both(), [0, 0]);
+        assert_eq!(code(allocate().map(drop)), 801);
+    }
+    d.close();
 }
 
 #[test]

@@ -18,7 +18,7 @@ mod simd;
 
 use std::sync::OnceLock;
 
-pub use run::{count_nonfinite, disjoint_waves, run};
+pub use run::{check, count_nonfinite, disjoint_waves, run};
 
 use crate::error::{Error, Result};
 

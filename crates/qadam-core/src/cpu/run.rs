@@ -4,6 +4,8 @@
 //! changes a bit.
 
 use std::mem::MaybeUninit;
+use std::process;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -13,6 +15,8 @@ use crate::codec::BLOCK;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ieee::Ieee;
+use crate::paging::mapped::{self, Arena};
+use crate::paging::stream::Windows;
 use crate::tensor::{RawState, TensorStep};
 
 /// Elements a chunk: 128 blocks, small enough to balance threads, large enough to hide the
@@ -41,10 +45,10 @@ fn chunks(steps: &[TensorStep]) -> Vec<Chunk> {
 /// Runs `work` for every chunk on `threads` threads and adds up what it returns.
 fn over_chunks(
     steps: &[TensorStep],
+    chunks: &[Chunk],
     threads: usize,
     work: impl Fn(&TensorStep, Chunk) -> usize + Sync,
 ) -> Result<usize> {
-    let chunks = chunks(steps);
     let elements: usize = chunks.iter().map(|chunk| chunk.len).sum();
     let run = |chunk: &Chunk| {
         let _ieee = Ieee::enter();
@@ -56,10 +60,46 @@ fn over_chunks(
     Ok(pool::pool(threads)?.install(|| chunks.par_iter().map(run).sum()))
 }
 
+/// Returns an error where paged state cannot be stepped: it belongs to another process, or an
+/// earlier step could not write it out.
+///
+/// # Errors
+/// [`Error::Forked`], [`Error::PageFile`].
+pub fn check(steps: &[TensorStep]) -> Result<()> {
+    if mapped::is_unused() {
+        return Ok(());
+    }
+    let process = process::id();
+    for (index, step) in steps.iter().enumerate() {
+        for range in step.state.addresses(0, step.len()) {
+            let Some(arena) = mapped::find(range.start) else { continue };
+            if arena.owner() != process {
+                return Err(Error::Forked { index, owner: arena.owner(), process });
+            }
+            arena.check()?;
+        }
+    }
+    Ok(())
+}
+
+/// The arena of each tensor's state; none where its buffers are not all in one.
+fn arenas(steps: &[TensorStep]) -> Vec<Option<Arc<Arena>>> {
+    let of_step = |step: &TensorStep| {
+        let ranges = step.state.addresses(0, step.len());
+        let arena = mapped::find(ranges.first()?.start)?;
+        let end = arena.address() + arena.bytes();
+        ranges
+            .iter()
+            .all(|range| arena.address() <= range.start && range.end <= end)
+            .then_some(arena)
+    };
+    steps.iter().map(of_step).collect()
+}
+
 /// Updates every tensor and returns how many elements had a non-finite gradient.
 ///
 /// # Errors
-/// [`Error::ThreadPool`], before anything is written.
+/// As [`check`], and [`Error::ThreadPool`]; all before anything is written.
 ///
 /// # Safety
 /// No two of `steps` share an element of a parameter or of state (see [`disjoint_waves`]), and the
@@ -69,7 +109,7 @@ fn over_chunks(
 /// If `backend` is not [available](Backend::is_available).
 pub unsafe fn run(steps: &[TensorStep], backend: Backend, threads: usize) -> Result<usize> {
     assert!(backend.is_available(), "{backend:?} on a processor without it");
-    over_chunks(steps, threads, |step, chunk| {
+    let update = |step: &TensorStep, chunk| {
         let kernels = Kernels::select(backend, step.param_dtype, step.grad_dtype);
         // SAFETY: the chunk lies within the tensor, whose pointers are valid and exclusive by
         // `TensorStep::new`; chunks are disjoint and begin at blocks; the types select the kernels.
@@ -80,7 +120,25 @@ pub unsafe fn run(steps: &[TensorStep], backend: Backend, threads: usize) -> Res
                 strided(step, chunk, kernels)
             }
         }
-    })
+    };
+    let chunks = chunks(steps);
+    if mapped::is_unused() {
+        return over_chunks(steps, &chunks, threads, update);
+    }
+    check(steps)?;
+    let arenas = arenas(steps);
+    let paged: Vec<&Arena> = arenas.iter().flatten().map(AsRef::as_ref).collect();
+    if paged.is_empty() {
+        return over_chunks(steps, &chunks, threads, update);
+    }
+    pool::start(threads)?;
+    let arena = |chunk: usize| arenas[chunks[chunk].tensor].clone();
+    let ranges = |chunk: usize| {
+        let Chunk { tensor, start, len } = chunks[chunk];
+        steps[tensor].state.addresses(start, len)
+    };
+    Windows::new(chunks.len(), &paged, arena, ranges)
+        .run(|part| over_chunks(steps, &chunks[part], threads, update))
 }
 
 /// How many effective gradients of each tensor are not finite, before anything is written: the
@@ -117,11 +175,12 @@ pub unsafe fn count_nonfinite(steps: &[TensorStep], threads: usize) -> Result<()
         });
         total
     };
-    if over_chunks(steps, threads, count)? == 0 {
+    if over_chunks(steps, &chunks(steps), threads, count)? == 0 {
         return Ok(());
     }
     for (index, step) in steps.iter().enumerate() {
-        let count = over_chunks(std::slice::from_ref(step), threads, count)?;
+        let step = std::slice::from_ref(step);
+        let count = over_chunks(step, &chunks(step), threads, count)?;
         if count > 0 {
             return Err(Error::NonFiniteGradient { index, count });
         }

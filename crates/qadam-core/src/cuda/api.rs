@@ -9,7 +9,7 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 
 use cudarc::driver::sys::{
     self, CUcontext, CUdevice, CUdevice_attribute, CUdeviceptr, CUevent, CUfunction, CUjit_option,
-    CUmodule, CUstream, CUstreamCaptureStatus,
+    CUmem_advise, CUmodule, CUstream, CUstreamCaptureStatus,
 };
 
 macro_rules! functions {
@@ -64,6 +64,9 @@ functions! {
     cuModuleGetFunction(*mut CUfunction, CUmodule, *const c_char);
     cuMemAlloc_v2(*mut CUdeviceptr, usize);
     cuMemFree_v2(CUdeviceptr);
+    cuMemAllocManaged(*mut CUdeviceptr, usize, c_uint);
+    cuMemAdvise(CUdeviceptr, usize, CUmem_advise, CUdevice);
+    cuMemPrefetchAsync(CUdeviceptr, usize, CUdevice, CUstream);
     cuMemHostAlloc(*mut *mut c_void, usize, c_uint);
     cuMemHostGetDevicePointer_v2(*mut CUdeviceptr, *mut c_void, c_uint);
     cuMemFreeHost(*mut c_void);
@@ -73,6 +76,8 @@ functions! {
     cuEventQuery(CUevent);
     cuEventSynchronize(CUevent);
     cuEventDestroy_v2(CUevent);
+    cuStreamCreate(*mut CUstream, c_uint);
+    cuStreamDestroy_v2(CUstream);
     cuStreamWaitEvent(CUstream, CUevent, c_uint);
     cuStreamSynchronize(CUstream);
     cuStreamIsCapturing(CUstream, *mut CUstreamCaptureStatus);

@@ -12,6 +12,7 @@ use cudarc::driver::sys::CUstream;
 use super::driver::Context;
 use super::memory::{DeviceMemory, Pinned};
 use super::plan::Plan;
+use super::work::Work;
 use crate::error::{Error, Result};
 
 /// Memory for one captured step.
@@ -47,6 +48,12 @@ impl Captures {
             self.spare.push(Pair { table, staging });
         }
         Ok(())
+    }
+
+    /// How much memory is held.
+    pub fn work(&self) -> Work {
+        let pairs = self.spare.iter().chain(self.frozen.iter().map(|(_, pair)| pair));
+        pairs.map(|pair| Work { device: pair.table.bytes, host: pair.staging.bytes }).sum()
     }
 
     /// Captures the upload of a table and gives its device address.

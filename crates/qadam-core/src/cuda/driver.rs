@@ -123,10 +123,10 @@ pub(crate) const fn consequence(code: u32) -> &'static str {
 
 /// A device's primary context, which torch and the CUDA runtime use too.
 #[derive(Debug)]
-pub(super) struct Context {
-    pub driver: &'static Driver,
+pub(crate) struct Context {
+    pub(super) driver: &'static Driver,
     pub ordinal: usize,
-    device: CUdevice,
+    pub(super) device: CUdevice,
     handle: CUcontext,
     kernels: OnceLock<Kernels>,
 }
@@ -174,25 +174,40 @@ impl Context {
     }
 
     /// The kernels.
-    pub fn kernels(&self) -> Result<&Kernels> {
+    pub(super) fn kernels(&self) -> Result<&Kernels> {
         let missing = || Error::CudaUnavailable { reason: "the kernels are not loaded".to_owned() };
         self.kernels.get().ok_or_else(missing)
     }
 
     /// Compute capability, as 75 for 7.5.
     pub fn capability(&self) -> Result<u32> {
-        let ask = |attribute| {
-            let mut value = 0;
-            // SAFETY: writes an int.
-            let code = unsafe {
-                (self.driver.api.cuDeviceGetAttribute)(&raw mut value, attribute, self.device)
-            };
-            self.check(code, || "asking for the compute capability".to_owned())?;
-            Ok(u32::try_from(value).unwrap_or(0))
-        };
+        let ask = |attribute| self.attribute(attribute, "the compute capability");
         let major = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         Ok(major * 10 + minor)
+    }
+
+    /// Whether the device has managed memory.
+    pub fn has_managed_memory(&self) -> Result<bool> {
+        let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MANAGED_MEMORY;
+        Ok(self.attribute(attribute, "managed memory")? != 0)
+    }
+
+    /// Whether host and device may use managed memory at the same time. Where they may not, pages
+    /// can be neither advised about nor prefetched.
+    pub fn has_concurrent_access(&self) -> Result<bool> {
+        let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS;
+        Ok(self.attribute(attribute, "concurrent managed access")? != 0)
+    }
+
+    fn attribute(&self, attribute: CUdevice_attribute, what: &str) -> Result<u32> {
+        let mut value = 0;
+        // SAFETY: writes an int.
+        let code = unsafe {
+            (self.driver.api.cuDeviceGetAttribute)(&raw mut value, attribute, self.device)
+        };
+        self.check(code, || format!("asking for {what}"))?;
+        Ok(u32::try_from(value).unwrap_or(0))
     }
 
     /// [`Driver::check`], naming the device.
@@ -212,7 +227,7 @@ impl Context {
     ///
     /// # Safety
     /// The context is current and `stream` is one of its streams.
-    pub unsafe fn is_capturing(&self, stream: CUstream) -> Result<bool> {
+    pub(super) unsafe fn is_capturing(&self, stream: CUstream) -> Result<bool> {
         // A number, because a newer driver may know more states than the enum.
         let mut status = MaybeUninit::zeroed();
         // SAFETY: writes a status; the stream is valid by contract.
@@ -225,7 +240,7 @@ impl Context {
 
 /// A context is current for the thread that has this; the one before comes back when it is dropped.
 #[derive(Debug)]
-pub(super) struct Current {
+pub(crate) struct Current {
     context: &'static Context,
     /// Contexts are current in one thread: not `Send`.
     thread: std::marker::PhantomData<*const ()>,

@@ -12,6 +12,7 @@ use super::driver::Context;
 use super::memory::{DeviceMemory, Event, Pinned};
 use super::plan::{DeviceStep, Plan};
 use super::staging::Ring;
+use super::work::Work;
 use crate::error::{Error, Result};
 
 /// Threads of a block.
@@ -51,7 +52,14 @@ pub struct Launcher {
     /// u64 a tensor: its non-finite gradients.
     counts: Option<Pinned>,
     /// What work may still use: freed at the end.
-    retired: Vec<Box<dyn Any + Send + Sync>>,
+    retired: Vec<Retired>,
+}
+
+/// Memory that is kept only for work that may still use it.
+#[derive(Debug)]
+struct Retired {
+    work: Work,
+    _memory: Box<dyn Any + Send + Sync>,
 }
 
 /// The table and what fills it.
@@ -61,13 +69,28 @@ struct Tables {
     ring: Ring,
 }
 
+impl Tables {
+    fn work(&self) -> Work {
+        Work { device: self.device.bytes, host: self.ring.bytes() }
+    }
+}
+
+/// A step that only has to be launched.
+#[derive(Debug)]
+pub(super) struct Ready {
+    function: CUfunction,
+    table: u64,
+    blocks: u32,
+}
+
 /// How many bytes to allocate where `bytes` are needed and there are `have`: old tables are kept
 /// to the end, so each is at least twice the one before.
 fn capacity(bytes: usize, have: usize) -> usize {
     bytes.max(2 * have).next_multiple_of(16 << 10)
 }
 
-fn handle(stream: u64) -> CUstream {
+/// A stream given as an integer.
+pub(super) fn handle(stream: u64) -> CUstream {
     without_provenance_mut(stream as usize)
 }
 
@@ -115,21 +138,49 @@ impl Launcher {
         if steps.is_empty() {
             return Ok(());
         }
-        let blocks = self.plan(steps)?;
-        let step = self.context.kernels()?.step;
+        let blocks = self.plan(steps.iter().enumerate())?;
         let _current = self.context.enter()?;
-        let stream_handle = handle(stream);
-        // SAFETY: the context is current, the stream valid by contract.
+        // SAFETY: the context is current, the stream valid by contract, which holds for the steps.
+        unsafe {
+            let capturing = self.context.is_capturing(handle(stream))?;
+            let ready = self.prepare(blocks, stream, capturing)?;
+            self.start(&ready, stream)
+        }
+    }
+
+    /// Sees to a table of what was planned, so that only the launch is left to fail.
+    ///
+    /// # Safety
+    /// The context is current, `stream` is one of its streams, and is being captured or not as
+    /// said; `blocks` is what the last plan gave.
+    pub(super) unsafe fn prepare(
+        &mut self,
+        blocks: u32,
+        stream: u64,
+        capturing: bool,
+    ) -> Result<Ready> {
+        let function = self.context.kernels()?.step;
+        // SAFETY: by contract.
         let table = unsafe {
-            if self.context.is_capturing(stream_handle)? {
+            if capturing {
                 let nonfinite = self.nonfinite.device;
-                self.captures.upload(&self.next, nonfinite, stream_handle)?
+                self.captures.upload(&self.next, nonfinite, handle(stream))?
             } else {
                 self.upload(stream)?
             }
         };
-        // SAFETY: `step` takes the address of a table, which is uploaded before it on this stream.
-        unsafe { self.launch(step, blocks, &mut [table], stream_handle) }
+        Ok(Ready { function, table, blocks })
+    }
+
+    /// Launches what was prepared.
+    ///
+    /// # Safety
+    /// The context is current, nothing was prepared since on this launcher, and [`Launcher::step`]'s
+    /// contract holds for the steps and `stream`, the stream of the preparation.
+    pub(super) unsafe fn start(&self, ready: &Ready, stream: u64) -> Result<()> {
+        let Ready { function, table, blocks } = *ready;
+        // SAFETY: the kernel takes the address of a table, uploaded before it on this stream.
+        unsafe { self.launch(function, blocks, &mut [table], handle(stream)) }
     }
 
     /// Non-finite gradient elements so far, as far as the device has got.
@@ -158,7 +209,7 @@ impl Launcher {
         if steps.is_empty() {
             return Ok(None);
         }
-        let blocks = self.plan(steps)?;
+        let blocks = self.plan(steps.iter().enumerate())?;
         let count = self.context.kernels()?.count;
         let _current = self.context.enter()?;
         let stream_handle = handle(stream);
@@ -179,7 +230,7 @@ impl Launcher {
             })
         };
         if let Err(error) = done {
-            self.retired.push(Box::new(counts));
+            self.retire(Work { device: 0, host: counts.bytes }, counts);
             return Err(error);
         }
         // SAFETY: so many u64, aligned to a page; the kernel that wrote them is done.
@@ -195,13 +246,40 @@ impl Launcher {
     /// # Errors
     /// As [`Launcher::step`].
     pub fn reserve(&mut self, steps: &[DeviceStep], count: usize) -> Result<()> {
+        self.reserve_for(steps.iter().enumerate(), count)
+    }
+
+    /// [`Launcher::reserve`] for steps with the numbers that errors name them by.
+    pub(super) fn reserve_for<'a>(
+        &mut self,
+        steps: impl Iterator<Item = (usize, &'a DeviceStep)>,
+        count: usize,
+    ) -> Result<()> {
         self.plan(steps)?;
         let _current = self.context.enter()?;
         self.captures.prepare(capacity(self.next.bytes(), 0), count)
     }
 
+    /// How much memory this launcher holds.
+    #[must_use]
+    pub fn memory(&self) -> Work {
+        let counts = self.counts.as_ref().map_or(0, |counts| counts.bytes);
+        let own = Work { device: 0, host: self.nonfinite.bytes + counts };
+        let tables = self.tables.iter().map(Tables::work);
+        let retired = self.retired.iter().map(|retired| retired.work);
+        tables.chain(retired).chain([own, self.captures.work()]).sum()
+    }
+
+    /// Keeps memory to the end.
+    fn retire(&mut self, work: Work, memory: impl Any + Send + Sync) {
+        self.retired.push(Retired { work, _memory: Box::new(memory) });
+    }
+
     /// Checks `steps`, makes the plan for them, and says over how many blocks to launch.
-    fn plan(&mut self, steps: &[DeviceStep]) -> Result<u32> {
+    pub(super) fn plan<'a>(
+        &mut self,
+        steps: impl Iterator<Item = (usize, &'a DeviceStep)>,
+    ) -> Result<u32> {
         match &self.uploaded {
             Some(uploaded) => self.next.fill(steps, uploaded)?,
             None => self.next.fill(steps, &Plan::default())?,
@@ -253,13 +331,15 @@ impl Launcher {
             let ring = Ring::new(self.context, bytes)?;
             self.uploaded = None;
             if let Some(old) = self.tables.replace(Tables { device, ring }) {
-                self.retired.push(Box::new(old));
+                self.retire(old.work(), old);
             }
         }
         if let Some(Tables { device, ring }) = &mut self.tables {
             if ring.is_lost() {
                 let fresh = Ring::new(self.context, device.bytes)?;
-                self.retired.push(Box::new(std::mem::replace(ring, fresh)));
+                let lost = std::mem::replace(ring, fresh);
+                let work = Work { device: 0, host: lost.bytes() };
+                self.retired.push(Retired { work, _memory: Box::new(lost) });
             }
             self.captures.prepare(device.bytes, 1)?;
         }

@@ -1,4 +1,4 @@
-//! Device memory, pinned host memory and events, freed when they are dropped.
+//! Device, managed and pinned memory, streams and events, freed when they are dropped.
 //!
 //! Dropping makes the context current for itself and ignores errors: at the end of the process the
 //! driver may be gone, and with a lost context the memory is.
@@ -7,7 +7,8 @@ use std::ffi::c_void;
 use std::ptr::{NonNull, null_mut};
 
 use cudarc::driver::sys::{
-    CU_MEMHOSTALLOC_DEVICEMAP, CU_MEMHOSTALLOC_PORTABLE, CUevent, CUevent_flags,
+    CU_MEMHOSTALLOC_DEVICEMAP, CU_MEMHOSTALLOC_PORTABLE, CUevent, CUevent_flags, CUmem_advise,
+    CUmemAttach_flags, CUstream, CUstream_flags,
 };
 
 use super::driver::Context;
@@ -38,6 +39,47 @@ impl Drop for DeviceMemory {
             // SAFETY: allocated by `new`; the driver waits for work that uses it.
             let _ = unsafe { (self.context.driver.api.cuMemFree_v2)(self.address) };
         }
+    }
+}
+
+/// Memory whose pages the driver moves between the host and the devices.
+#[derive(Debug)]
+pub(crate) struct ManagedMemory {
+    context: &'static Context,
+    pub address: u64,
+    pub bytes: usize,
+}
+
+impl ManagedMemory {
+    /// Allocates; the contents are arbitrary, and no page is anywhere yet. The context is current.
+    pub fn new(context: &'static Context, bytes: usize) -> Result<Self> {
+        let mut address = 0;
+        let everywhere = CUmemAttach_flags::CU_MEM_ATTACH_GLOBAL as u32;
+        let api = &context.driver.api;
+        // SAFETY: writes an address.
+        let code = unsafe { (api.cuMemAllocManaged)(&raw mut address, bytes, everywhere) };
+        context.check(code, || format!("allocating {bytes} bytes of managed memory"))?;
+        Ok(Self { context, address, bytes })
+    }
+
+    /// Keeps all pages mapped for the device, wherever they are. The context is current, and the
+    /// device has concurrent access.
+    pub fn map_for_device(&self) -> Result<()> {
+        let Self { context, address, bytes } = *self;
+        let advice = CUmem_advise::CU_MEM_ADVISE_SET_ACCESSED_BY;
+        // SAFETY: this allocation, all of it.
+        let code =
+            unsafe { (context.driver.api.cuMemAdvise)(address, bytes, advice, context.device) };
+        context.check(code, || format!("mapping {bytes} bytes of managed memory"))
+    }
+}
+
+impl Drop for ManagedMemory {
+    fn drop(&mut self) {
+        // Where this fails, the context may be current all the same: it is when `Arena::new` drops.
+        let _current = self.context.enter();
+        // SAFETY: allocated by `new`; the driver waits for work that uses it.
+        let _ = unsafe { (self.context.driver.api.cuMemFree_v2)(self.address) };
     }
 }
 
@@ -123,6 +165,39 @@ impl Drop for Event {
         if let Ok(_current) = self.context.enter() {
             // SAFETY: created by `new`; work that waits for it is not affected.
             let _ = unsafe { (self.context.driver.api.cuEventDestroy_v2)(self.handle) };
+        }
+    }
+}
+
+/// A stream that does not wait for the legacy stream.
+#[derive(Debug)]
+pub(super) struct Stream {
+    context: &'static Context,
+    pub handle: CUstream,
+}
+
+// SAFETY: a stream may be used from any thread.
+unsafe impl Send for Stream {}
+// SAFETY: a shared `Stream` only tells its handle.
+unsafe impl Sync for Stream {}
+
+impl Stream {
+    /// Makes one. The context is current.
+    pub fn new(context: &'static Context) -> Result<Self> {
+        let mut handle = null_mut();
+        let flags = CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: writes a handle.
+        let code = unsafe { (context.driver.api.cuStreamCreate)(&raw mut handle, flags) };
+        context.check(code, || "creating a stream".to_owned())?;
+        Ok(Self { context, handle })
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.context.enter() {
+            // SAFETY: created by `new`; the driver keeps what is enqueued until it is done.
+            let _ = unsafe { (self.context.driver.api.cuStreamDestroy_v2)(self.handle) };
         }
     }
 }

@@ -61,6 +61,20 @@ pub struct DeviceStep {
     pub lr_address: Option<u64>,
 }
 
+impl DeviceStep {
+    /// Address and bytes of each buffer of the state; those that the format lacks have no bytes.
+    pub(super) fn buffers(&self) -> [(u64, u64); 4] {
+        let len = self.walk.len() as u64;
+        match self.state {
+            DeviceState::F32 { m, v } => [(m, 4 * len), (v, 4 * len), (0, 0), (0, 0)],
+            DeviceState::Dynamic8 { m_code, m_scale, v_code, v_scale } => {
+                let scales = 4 * len.div_ceil(BLOCK);
+                [(m_code, len), (m_scale, scales), (v_code, len), (v_scale, scales)]
+            }
+        }
+    }
+}
+
 /// Blocks of a chunk begin where those of the 8-bit code do.
 const BLOCK: u64 = 256;
 
@@ -91,16 +105,20 @@ struct Layout {
 
 impl Plan {
     /// Replaces the contents by what `steps` ask for; chunks are taken over from `before` where
-    /// they would be the same.
+    /// they would be the same. Errors name each step by the number that comes with it.
     ///
     /// # Errors
     /// [`Error::Address`], [`Error::Dimensions`] or [`Error::Hyperparameter`].
-    pub fn fill(&mut self, steps: &[DeviceStep], before: &Self) -> Result<()> {
+    pub fn fill<'a>(
+        &mut self,
+        steps: impl Iterator<Item = (usize, &'a DeviceStep)>,
+        before: &Self,
+    ) -> Result<()> {
         self.hypers.clear();
         self.grads.clear();
         self.strides.clear();
         self.tensors.clear();
-        for (index, step) in steps.iter().enumerate() {
+        for (index, step) in steps {
             check_addresses(index, step)?;
             let hyper = self.hyper(step)?;
             let grad = self.grad(index, step)?;
@@ -363,7 +381,7 @@ mod tests {
 
     fn plan(steps: &[DeviceStep], before: &Plan) -> Plan {
         let mut plan = Plan::default();
-        plan.fill(steps, before).unwrap();
+        plan.fill(steps.iter().enumerate(), before).unwrap();
         plan
     }
 
@@ -430,7 +448,8 @@ mod tests {
     #[test]
     fn what_the_kernels_cannot_use_is_refused() {
         let refused = |step: DeviceStep| {
-            Plan::default().fill(&[step], &Plan::default()).unwrap_err().to_string()
+            let steps = [(0, &step)].into_iter();
+            Plan::default().fill(steps, &Plan::default()).unwrap_err().to_string()
         };
         let good = || step(0x100, 0x200, Walk::flat(5));
         let text = refused(DeviceStep { state: DeviceState::F32 { m: 0x1008, v: 0x10 }, ..good() });

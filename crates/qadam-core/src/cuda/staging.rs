@@ -50,6 +50,11 @@ impl Ring {
         Ok(Self { context, memory, slots, oldest: 0 })
     }
 
+    /// How much pinned memory the slots take.
+    pub const fn bytes(&self) -> usize {
+        self.memory.bytes
+    }
+
     /// Whether no slot can be used any more.
     pub fn is_lost(&self) -> bool {
         self.slots.iter().all(|slot| slot.upload == Upload::Unknown)

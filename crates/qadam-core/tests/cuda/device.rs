@@ -16,7 +16,7 @@ pub fn soft() -> Soft {
 
 /// What a launcher may leave behind: nothing.
 pub fn leaks(soft: &Soft) -> Vec<u64> {
-    ["device", "managed", "pinned", "events", "graphs", "graph_execs", "captures"]
+    ["device", "managed", "pinned", "streams", "events", "graphs", "graph_execs", "captures"]
         .map(|what| soft.leak(what))
         .to_vec()
 }

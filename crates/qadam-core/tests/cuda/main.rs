@@ -8,5 +8,6 @@ mod device;
 mod faults;
 mod graphs;
 mod model;
+mod paged;
 #[path = "../../../softgpu/tests/common/stand_in.rs"]
 mod stand_in;

@@ -1,7 +1,10 @@
 //! A model twice over: one that the device steps, and one that the CPU does.
 
+use std::sync::Arc;
+
 use qadam_core::cpu::{self, Backend};
 use qadam_core::cuda::{DeviceState, DeviceStep};
+use qadam_core::paging::managed::Arena;
 use qadam_core::rule::Coefficients;
 use qadam_core::{
     DType, Error, Hyper, Moments8, Moments32, RawState, StateFormat, TensorStep, Walk, bf16, f16,
@@ -9,20 +12,45 @@ use qadam_core::{
 
 use crate::stand_in::Soft;
 
-/// Bytes that start at a multiple of 16, plus `skew`.
-#[derive(Clone)]
+/// Bytes that start at a multiple of 16, plus `skew`; or that lie in an arena.
 pub struct Buffer {
     words: Vec<u128>,
     skew: usize,
     len: usize,
+    /// The arena that holds them, and where.
+    paged: Option<(Arc<Arena>, usize)>,
+}
+
+impl Clone for Buffer {
+    /// The same bytes, outside of any arena.
+    fn clone(&self) -> Self {
+        let mut clone = Self::new(self.len, self.skew);
+        clone.bytes_mut().copy_from_slice(self.bytes());
+        clone
+    }
 }
 
 impl Buffer {
     pub fn new(len: usize, skew: usize) -> Self {
-        Self { words: vec![0; (len + skew).div_ceil(16) + 1], skew, len }
+        Self { words: vec![0; (len + skew).div_ceil(16) + 1], skew, len, paged: None }
+    }
+
+    /// The same bytes, at an offset in `arena`.
+    fn in_arena(&self, arena: &Arc<Arena>, at: usize) -> Self {
+        let paged = Some((Arc::clone(arena), at));
+        let mut moved = Self { words: Vec::new(), skew: 0, len: self.len, paged };
+        moved.bytes_mut().copy_from_slice(self.bytes());
+        moved
+    }
+
+    fn is_paged(&self) -> bool {
+        self.paged.is_some()
     }
 
     fn pointer(&self) -> *mut u8 {
+        if let Some((arena, at)) = &self.paged {
+            return std::ptr::with_exposed_provenance_mut(arena.address() as usize + at);
+        }
         // SAFETY: `skew` is within the words.
         unsafe { self.words.as_ptr().cast::<u8>().cast_mut().add(self.skew) }
     }
@@ -32,7 +60,7 @@ impl Buffer {
     }
 
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: `len` bytes behind the pointer are within the words.
+        // SAFETY: `len` bytes behind the pointer are within the words, or within the arena.
         unsafe { std::slice::from_raw_parts(self.pointer(), self.len) }
     }
 
@@ -307,7 +335,7 @@ impl OnDevice<'_> {
         for param in &mut self.model.0 {
             let Param { p, g, step, state, .. } = param;
             for buffer in [p, g, step].into_iter().chain(state) {
-                if buffer.len > 0 {
+                if buffer.len > 0 && !buffer.is_paged() {
                     assert_eq!(self.soft.adopt(buffer.bytes_mut(), self.ordinal), 0);
                 }
             }
@@ -316,10 +344,29 @@ impl OnDevice<'_> {
 
     fn release(&self) {
         for buffer in self.model.0.iter().flat_map(Param::buffers) {
-            if buffer.len > 0 {
+            if buffer.len > 0 && !buffer.is_paged() {
                 self.soft.unadopt(buffer.address());
             }
         }
+    }
+
+    /// Moves the state of these parameters to an arena of their own.
+    pub fn page(&mut self, which: impl Fn(usize) -> bool) -> Arc<Arena> {
+        let which = |(i, _): &(usize, &mut Param)| which(*i);
+        let formats = self.model.0.iter_mut().enumerate().filter(which);
+        let formats: Vec<_> = formats.map(|(_, p)| (p.format, p.walk.len())).collect();
+        let arena = Arena::new(self.ordinal as usize, &formats).unwrap();
+        let paged = self.model.0.iter_mut().enumerate().filter(which);
+        for ((_, param), places) in paged.zip(arena.extents().buffers()) {
+            for (buffer, place) in param.state.iter_mut().zip(places) {
+                assert_eq!(buffer.len, place.len());
+                if buffer.len > 0 {
+                    assert_eq!(self.soft.unadopt(buffer.address()), 0);
+                    *buffer = buffer.in_arena(&arena, place.start);
+                }
+            }
+        }
+        arena
     }
 
     /// Moves every gradient to new memory.

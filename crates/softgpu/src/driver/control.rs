@@ -99,6 +99,20 @@ pub extern "C" fn softgpu_set_instruction_budget(n: u64) {
     set(|d| d.config.budget = n);
 }
 
+/// Whether devices have managed memory (attribute 83; default yes). Without it, allocating some is
+/// `NOT_SUPPORTED`.
+#[unsafe(no_mangle)]
+pub extern "C" fn softgpu_set_managed_memory(on: i32) {
+    set(|d| d.config.managed = on != 0);
+}
+
+/// Whether host and devices may use managed memory at the same time (attribute 89; default yes).
+/// Without it, prefetching and advice that names a device are `INVALID_DEVICE`.
+#[unsafe(no_mangle)]
+pub extern "C" fn softgpu_set_concurrent_managed_access(on: i32) {
+    set(|d| d.config.concurrent = on != 0);
+}
+
 /// Whether reads of managed memory that no device operation wrote are faults (default no: a host may write it unseen).
 #[unsafe(no_mangle)]
 pub extern "C" fn softgpu_track_managed(on: i32) {
@@ -172,7 +186,8 @@ pub extern "C" fn softgpu_sync_count() -> usize {
     global().calls.iter().filter(|c| c.sync).count()
 }
 
-/// The calls: `{"call","stream","bytes","result","sync","note"}`.
+/// The calls: `{"call","stream","bytes","result","sync","note"}`. The note has what else tells one
+/// call from another: the kernel, the event, a prefetch's address and destination.
 ///
 /// # Safety
 /// `buffer` is null or writable for `size` bytes.

@@ -146,11 +146,23 @@ pub struct Config {
     pub version: i32,
     /// Warp instructions a block may run.
     pub budget: u64,
+    /// Whether devices have managed memory.
+    pub managed: bool,
+    /// Whether host and devices may use managed memory at the same time, which prefetching needs.
+    pub concurrent: bool,
 }
 
 impl Default for Config {
     fn default() -> Config {
-        Config { devices: 1, total: 80 << 30, sm: 80, version: 12000, budget: 1 << 32 }
+        Config {
+            devices: 1,
+            total: 80 << 30,
+            sm: 80,
+            version: 12000,
+            budget: 1 << 32,
+            managed: true,
+            concurrent: true,
+        }
     }
 }
 

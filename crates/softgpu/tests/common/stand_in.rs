@@ -76,6 +76,14 @@ impl Soft {
         self.call1::<u32, ()>("softgpu_set_compute_capability", n);
     }
 
+    pub fn set_managed(&self, on: bool) {
+        self.call1::<i32, ()>("softgpu_set_managed_memory", on.into());
+    }
+
+    pub fn set_concurrent(&self, on: bool) {
+        self.call1::<i32, ()>("softgpu_set_concurrent_managed_access", on.into());
+    }
+
     pub fn set_budget(&self, n: u64) {
         self.call1::<u64, ()>("softgpu_set_instruction_budget", n);
     }
@@ -104,9 +112,10 @@ impl Soft {
         }
     }
 
-    pub fn disarm(&self) {
+    /// Returns how many faults had not happened.
+    pub fn disarm(&self) -> usize {
         // SAFETY: control.rs's signature.
-        unsafe { self.symbol::<extern "C" fn()>("softgpu_disarm")() }
+        unsafe { self.symbol::<extern "C" fn() -> usize>("softgpu_disarm")() }
     }
 
     pub fn set_version(&self, version: i32) {
@@ -138,6 +147,12 @@ impl Soft {
 
     pub fn unadopt(&self, at: u64) -> i32 {
         self.call1("softgpu_unadopt", at)
+    }
+
+    /// As if the host had used these bytes of managed memory.
+    pub fn host_touch(&self, at: u64, len: u64) -> i32 {
+        // SAFETY: control.rs's signature.
+        unsafe { self.symbol::<extern "C" fn(u64, u64) -> i32>("softgpu_host_touch")(at, len) }
     }
 
     pub fn resident(&self, at: u64, device: i32) -> u64 {

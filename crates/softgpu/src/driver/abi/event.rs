@@ -33,6 +33,7 @@ cuda! {
 
     /// `cuEventRecord`.
     fn cuEventRecord(event: u64, stream: u64) [Some(stream), 0] |d| {
+        d.note(format!("event {event:#x}"));
         let key = d.stream(stream)?;
         d.record(event, key)
     }

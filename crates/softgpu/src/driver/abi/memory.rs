@@ -73,11 +73,15 @@ unsafe fn later(d: &mut Driver, stream: u64, work: Work, pageable: Option<(usize
 }
 
 fn prefetch(d: &mut Driver, at: u64, len: usize, to: Place, stream: u64) -> Res {
+    d.note(format!("at {at:#x}, to {to:?}"));
     let key = d.stream(stream)?;
     if len == 0 {
         return Err(INVALID_VALUE);
     }
-    d.note(format!("to {to:?}"));
+    // The manual asks it of the destination and of the stream's device, so the host is no exception.
+    if !(d.config.managed && d.config.concurrent) {
+        return d.refuse(INVALID_DEVICE, "no concurrent managed access");
+    }
     // SAFETY: a prefetch has no host pointers.
     unsafe { d.enqueue(key, Work::Prefetch { at, len: len as u64, to }) }
 }
@@ -110,6 +114,11 @@ fn advise(d: &mut Driver, at: u64, len: usize, advice: i32, to: Place) -> Res {
     }
     // Advice moves nothing by itself; the log shows that it was given.
     d.note(format!("advice {advice}, {to:?}"));
+    // A preferred location or an accessor that is a device; other advice ignores the device.
+    let names_device = matches!(advice, 3 | 5) && matches!(to, Place::Device(_));
+    if names_device && !d.config.concurrent {
+        return d.refuse(INVALID_DEVICE, "no concurrent managed access");
+    }
     Ok(())
 }
 
@@ -201,6 +210,9 @@ cuda! {
         d.unsafe_call()?;
         if flags != 1 && flags != 2 {
             return Err(INVALID_VALUE);
+        }
+        if !d.config.managed {
+            return d.unsupported("no managed memory");
         }
         alloc(d, &ptr, len, Kind::Managed)
     }

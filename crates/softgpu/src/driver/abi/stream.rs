@@ -80,6 +80,7 @@ cuda! {
         if flags != 0 {
             return d.unsupported(&format!("flags {flags}"));
         }
+        d.note(format!("event {event:#x}"));
         let key = d.stream(stream)?;
         d.wait_event(key, event)
     }
