@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: demo test lint rust-test ptx ptx-check wheel bench gpu-check clean
+.PHONY: demo test lint rust-test ptx ptx-check wheel bench bench-paging gpu-check clean
 
 demo: wheel
 	$(BIN)/python examples/demo.py
@@ -49,6 +49,11 @@ $(VENV)/.installed: pyproject.toml
 
 bench: wheel
 	$(BIN)/python benches/cpu.py
+
+# Paged steps beside unpaged ones, and beside the disk, under a limit of memory; minutes, 10 GB of
+# memory and 16 GB of disk (BENCH_PAGING="--quick" for less of everything). Best as root.
+bench-paging: wheel
+	$(BIN)/python benches/paging.py $(BENCH_PAGING)
 
 # For a machine with a GPU, torch and no network: WHEEL=path [PYTHON=python3] [GPU_CHECK="--only peers"]
 gpu-check: PYTHON = python3

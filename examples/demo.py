@@ -14,17 +14,14 @@ Exits with status 1 if a run diverges, after naming it.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
+from machine import machine
 from stdlib_text import Text, load
 from train_gpt import Diverged, Run, TrainConfig, resolve, train
 
@@ -36,6 +33,7 @@ OPTIMIZERS = (
     "torch.optim.AdamW(fused=True)",
     "qadam.AdamW",
     "qadam.AdamW8bit",
+    "qadam.PagedAdamW8bit",
 )
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "target" / "demo"
 
@@ -76,34 +74,6 @@ def table(runs: list[Run]) -> str:
         )
         for row in rows
     )
-
-
-def cpu_model() -> str:
-    """The processor's name; `platform.processor` is empty or vague on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    try:
-        qadam = importlib.metadata.version("qadam")
-    except importlib.metadata.PackageNotFoundError:
-        qadam = None
-    return {
-        "platform": platform.platform(),
-        "cpu": cpu_model(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "qadam": qadam,
-    }
 
 
 def report(runs: list[Run], config: TrainConfig, text: Text) -> dict[str, Any]:

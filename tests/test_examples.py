@@ -34,7 +34,7 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     torch.set_num_threads(threads)  # the demo sets it, for this whole process
 
 
-def test_the_quick_demo_compares_three_optimizers(tmp_path: Path) -> None:
+def test_the_quick_demo_compares_torchs_optimizer_with_ours(tmp_path: Path) -> None:
     # As a user starts it, in a process of its own.
     command = [sys.executable, str(EXAMPLES / "demo.py"), "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -48,6 +48,7 @@ def test_the_quick_demo_compares_three_optimizers(tmp_path: Path) -> None:
         TORCH,
         "qadam.AdamW",
         "qadam.AdamW8bit",
+        "qadam.PagedAdamW8bit",
     ]
     for run in report["runs"]:
         assert run["optimizer"] in done.stdout
@@ -60,7 +61,9 @@ def test_the_quick_demo_compares_three_optimizers(tmp_path: Path) -> None:
         assert curve[0] == report["runs"][0]["val_loss"][0]
         assert run["final_val_loss"] < 0.75 * curve[0][1], "nothing was learned"
 
-    baseline, bits32, bits8 = report["runs"]
+    baseline, bits32, bits8, paged = report["runs"]
+    assert paged["val_loss"] == bits8["val_loss"]
+    assert paged["state_bytes_per_param"] == bits8["state_bytes_per_param"]
     for run in (bits32, bits8):
         assert run["final_val_loss"] == pytest.approx(baseline["final_val_loss"], rel=0.05)
     assert baseline["state_bytes_per_param"] == pytest.approx(8, abs=0.001)

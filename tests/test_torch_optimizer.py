@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -461,7 +462,8 @@ def test_a_copy_keeps_the_options_that_are_not_in_its_groups(how):
         optimizer.step()
     other = copies(optimizer)[how]
     assert other.nonfinite_count == 300
-    assert repr(other) == repr(optimizer)
+    of_copy, of_original = (re.sub(r"Memory: .*", "", repr(o)) for o in (other, optimizer))
+    assert of_copy == of_original  # a copy has no launches on a device yet, and no memory for them
     for size, name in ((299, "exp_avg"), (300, "exp_avg_code")):
         p = Parameter(torch.ones(size))
         other.add_param_group({"params": [p]})

@@ -32,6 +32,9 @@ MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))
 Entry = dict[str, Any]
 """One parameter's state."""
 
+Pages = dict[str, Tensor]
+"""Paged memory for one parameter's state: a uint8 vector for each moment's tensor, by name."""
+
 
 def memory_order(param: Tensor) -> tuple[int, ...]:
     """Dimensions of more than one element, by descending stride."""
@@ -39,23 +42,30 @@ def memory_order(param: Tensor) -> tuple[int, ...]:
     return tuple(sorted(dims, key=lambda d: param.stride(d), reverse=True))
 
 
-def zeros(param: Tensor, bits: int) -> Entry:
-    """State before the first step, 32 or 8 ``bits`` wide."""
-    step = torch.zeros((), dtype=torch.float32, device=param.device)
+def zeros(param: Tensor, bits: int, pages: Pages | None = None) -> Entry:
+    """State before the first step, 32 or 8 ``bits`` wide; in fresh ``pages``, if given."""
+    entry: Entry = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}
     if bits == 32:
-        return {
-            "step": step,
-            "exp_avg": _dense_like(param, torch.float32).zero_(),
-            "exp_avg_sq": _dense_like(param, torch.float32).zero_(),
-        }
-    order = torch.tensor(memory_order(param), dtype=torch.int64, device="cpu")
-    entry: Entry = {"step": step, "memory_order": order}
-    blocks = -(-param.numel() // BLOCK)
+        for name, _ in MOMENTS:
+            entry[name] = _initial(param, name, torch.float32, 0, pages)
+        return entry
+    entry["memory_order"] = torch.tensor(memory_order(param), dtype=torch.int64, device="cpu")
     for name, signed in MOMENTS:
         code_of_zero = 127 if signed else 0
-        entry[f"{name}_code"] = _dense_like(param, torch.uint8).fill_(code_of_zero)
-        entry[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
+        entry[f"{name}_code"] = _initial(param, f"{name}_code", torch.uint8, code_of_zero, pages)
+        entry[f"{name}_scale"] = _initial(param, f"{name}_scale", torch.float32, 0, pages)
     return entry
+
+
+def _initial(
+    param: Tensor, name: str, dtype: torch.dtype, value: int, pages: Pages | None
+) -> Tensor:
+    """A tensor of the state, each of its bytes ``value``."""
+    tensor = _empty(param, name, dtype, pages)
+    if pages is None:
+        return tensor.fill_(value)
+    _core.initialise_pages(pages[name], value)
+    return tensor
 
 
 def bits(entry: Entry) -> int:
@@ -63,7 +73,7 @@ def bits(entry: Entry) -> int:
     return 8 if "exp_avg_code" in entry else 32
 
 
-def fit(entry: Entry, param: Tensor, bits: int, where: str) -> Entry:
+def fit(entry: Entry, param: Tensor, bits: int, where: str, pages: Pages | None = None) -> Entry:
     """A copy of ``entry`` for ``param``, ``bits`` wide and in its memory order.
 
     The copy is exact wherever width and order are those of ``entry`` already.
@@ -73,6 +83,7 @@ def fit(entry: Entry, param: Tensor, bits: int, where: str) -> Entry:
         param: the parameter that the state is for.
         bits: 32 or 8.
         where: what messages call the parameter.
+        pages: memory for the copy, if it is to be paged.
 
     Raises:
         ValueError: if a key is missing, or a tensor has another shape or dtype, or a scale is
@@ -96,17 +107,44 @@ def fit(entry: Entry, param: Tensor, bits: int, where: str) -> Entry:
         if is_coded:
             codes, scales = _read_codes(entry, name, param, where)
             if bits == 8 and order == memory_order(param):
-                fitted[f"{name}_code"] = _dense_like(param, torch.uint8).copy_(codes)
-                fitted[f"{name}_scale"] = scales.to(param.device, copy=True)
+                _store(fitted, f"{name}_code", codes, param, pages)
+                _store(fitted, f"{name}_scale", scales, param, pages)
                 continue
             values = _decode(codes, scales, order, signed)
         else:
             values = _read_values(entry, name, param, where)
         if bits == 32:
-            fitted[name] = _dense_like(param, torch.float32).copy_(values)
+            _store(fitted, name, values, param, pages)
         else:
-            fitted[f"{name}_code"], fitted[f"{name}_scale"] = _encode(values, param, signed)
+            codes, scales = _encode(values, param, signed)
+            _store(fitted, f"{name}_code", codes, param, pages)
+            _store(fitted, f"{name}_scale", scales, param, pages)
     return fitted
+
+
+def copy_into(
+    pages: Pages, entry: Entry, param: Tensor, memo: dict[int, Any] | None = None
+) -> Entry:
+    """An entry like ``entry`` whose moments are copies in ``pages``.
+
+    The other values are those of ``entry``, or with ``memo`` copies of them, as for ``deepcopy``.
+    """
+    copied: Entry = {}
+    for name, value in entry.items():
+        if name not in pages:
+            copied[name] = value if memo is None else deepcopy(value, memo)
+            continue
+        _store(copied, name, value, param, pages)
+        if memo is not None:
+            memo[id(value)] = copied[name]
+    return copied
+
+
+def _store(entry: Entry, name: str, values: Tensor, param: Tensor, pages: Pages | None) -> None:
+    """Puts a copy of ``values`` into ``entry``, in the parameter's memory order."""
+    entry[name] = _empty(param, name, values.dtype, pages).copy_(values)
+    if pages is not None:
+        _core.settle_pages(pages[name])
 
 
 _KEYS = {"step", "memory_order"} | {
@@ -114,9 +152,18 @@ _KEYS = {"step", "memory_order"} | {
 }
 
 
-def _dense_like(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised, without gaps, in the parameter's memory order."""
-    return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+def _empty(param: Tensor, name: str, dtype: torch.dtype, pages: Pages | None) -> Tensor:
+    """Uninitialised: scales as a vector, anything else without gaps in the parameter's order."""
+    device = param.device if pages is None else "meta"
+    if name.endswith("_scale"):
+        tensor = torch.empty(-(-param.numel() // BLOCK), dtype=dtype, device=device)
+    else:
+        tensor = torch.empty_like(
+            param, dtype=dtype, device=device, memory_format=torch.preserve_format
+        )
+    if pages is None:
+        return tensor
+    return pages[name].view(dtype).as_strided(tensor.shape, tensor.stride())
 
 
 def _get(entry: Entry, key: str, where: str) -> Any:  # noqa: ANN401 - any kind of value
@@ -214,7 +261,7 @@ def _encode(values: Tensor, param: Tensor, signed: bool) -> tuple[Tensor, Tensor
     ordered = torch.empty_like(param, dtype=torch.float32, device="cpu").copy_(values)
     scales = torch.empty(-(-param.numel() // BLOCK), dtype=torch.float32, device="cpu")
     _core.encode_blocks(_in_memory(ordered), _in_memory(codes), scales, signed)
-    return codes.to(param.device), scales.to(param.device)
+    return codes, scales
 
 
 def _in_memory(dense: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 //! Rust errors as Python exceptions.
 
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use qadam_core::Error;
 
@@ -12,7 +12,7 @@ pyo3::create_exception!(
 );
 
 /// The exception for an error of the core: `RuntimeError` for what the machine or the data did,
-/// `ValueError` for what the caller gave.
+/// `OSError` for what a disk did, `ValueError` for what the caller gave.
 pub fn to_python(error: &Error) -> PyErr {
     let text = error.to_string();
     match error {
@@ -25,7 +25,12 @@ pub fn to_python(error: &Error) -> PyErr {
                 .and_then(|()| value.setattr("doing", doing));
             set.err().unwrap_or(exception)
         }),
+        // with its number, Python makes it a FileNotFoundError, a PermissionError, ...
+        Error::PageFile { errno: 0, .. } => PyOSError::new_err(text),
+        Error::PageFile { errno, .. } => PyOSError::new_err((*errno, text)),
         Error::CudaUnavailable { .. }
+        | Error::NoManagedMemory { .. }
+        | Error::Forked { .. }
         | Error::Capture { .. }
         | Error::NonFiniteGradient { .. }
         | Error::ThreadPool { .. } => PyRuntimeError::new_err(text),

@@ -1,12 +1,15 @@
 //! `qadam._core`: converts torch tensors to pointers and calls [`qadam_core`]. No arithmetic here.
 //!
 //! * `engine` steps all tensors of an optimizer in one call, with the GIL released;
+//! * `paging` hands out paged memory as tensors (`dlpack`);
 //! * `quantize` encodes and decodes state for checkpoints of another width;
 //! * `software` lets the tests stand CPU memory in for a GPU's;
 //! * `tensor` reads what is needed of a torch tensor.
 
+mod dlpack;
 mod engine;
 mod error;
+mod paging;
 mod quantize;
 mod software;
 mod tensor;
@@ -23,6 +26,8 @@ mod _core {
     use super::engine::Engine;
     #[pymodule_export]
     use super::error::CudaError;
+    #[pymodule_export]
+    use super::paging::{check_paging, initialise_pages, memory_tier, page_state, settle_pages};
     #[pymodule_export]
     use super::quantize::{decode_blocks, dynamic_map, encode_blocks};
     #[pymodule_export]

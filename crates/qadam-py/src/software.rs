@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
+use qadam_core::paging::managed;
 
 type Adopt = unsafe extern "C" fn(u64, u64, i32) -> i32;
 type Unadopt = unsafe extern "C" fn(u64) -> i32;
@@ -54,7 +55,10 @@ impl Adopted {
         let Some(software) = SOFTWARE.get() else {
             return Ok(adopted);
         };
-        let mut ranges: Vec<_> = ranges.into_iter().filter(|&(_, bytes)| bytes > 0).collect();
+        // managed memory is the device's already
+        let is_host = |address: usize| managed::find(address as u64).is_none();
+        let taken = ranges.into_iter().filter(|&(start, bytes)| bytes > 0 && is_host(start));
+        let mut ranges: Vec<_> = taken.collect();
         ranges.sort_unstable();
         // tensors may share memory: what overlaps becomes one range
         let mut merged: Vec<(usize, usize)> = Vec::new();

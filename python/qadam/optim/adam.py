@@ -40,7 +40,10 @@ class Adam(QAdam):
         min_8bit_size: parameters of fewer elements keep 32-bit state.
         percentile_clipping: 100, which is no clipping; less is not implemented yet.
         block_wise: True, one scale for each 256 elements; False is not implemented yet.
-        is_paged: not implemented yet.
+        is_paged: whether the state of parameters of at least 100,000 elements lives one tier below
+            them, so that it need not fit beside the model: for CUDA parameters in managed memory
+            that the driver moves, for CPU parameters in a file of ``QADAM_PAGE_DIR``. The bits are
+            the same (docs/paging.md).
         nonfinite: what happens where a gradient is NaN or infinite. ``"skip"`` leaves that element
             of the parameter and of the state as it is, counts it in ``nonfinite_count`` and warns
             the first time. ``"propagate"`` does as torch: the parameter becomes NaN. ``"raise"``
@@ -48,6 +51,8 @@ class Adam(QAdam):
 
     Raises:
         ValueError: for a value out of range, naming the argument, the value and what is accepted.
+        OSError: if paged state cannot have a file in ``QADAM_PAGE_DIR``.
+        RuntimeError: if paged state is wanted on a CUDA device without managed memory.
         NotImplementedError: for what is not implemented yet.
     """
 
@@ -100,18 +105,18 @@ class Adam32bit(Adam):
 
 
 class PagedAdam(Adam):
-    """:class:`Adam` with paged state: not implemented yet."""
+    """:class:`Adam` with paged state: ``is_paged=True``."""
 
     _class_paged = True
 
 
 class PagedAdam8bit(Adam8bit):
-    """:class:`Adam8bit` with paged state: not implemented yet."""
+    """:class:`Adam8bit` with paged state: ``is_paged=True``."""
 
     _class_paged = True
 
 
 class PagedAdam32bit(Adam32bit):
-    """:class:`Adam32bit` with paged state: not implemented yet."""
+    """:class:`Adam32bit` with paged state: ``is_paged=True``."""
 
     _class_paged = True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from qadam import _core
+from qadam import _core, paging
 from qadam import state as qstate
 
 Group = dict[str, Any]
@@ -53,8 +53,8 @@ class QAdam(Optimizer):
             ("args", args, args is not None),
             ("percentile_clipping", percentile_clipping, percentile_clipping < 100),
             ("block_wise", block_wise, not block_wise),
-            ("is_paged", True, is_paged or self._class_paged),
         )
+        self._paged = bool(is_paged) or self._class_paged
         if nonfinite not in ("skip", "propagate", "raise"):
             msg = f'nonfinite must be "skip", "propagate" or "raise", got {nonfinite!r}'
             raise ValueError(msg)
@@ -93,6 +93,8 @@ class QAdam(Optimizer):
             ValueError: for a hyperparameter out of range, a parameter given twice, or a parameter
                 whose elements share addresses (expanded, overlapping).
             TypeError: for a parameter that is not a dense float32, bfloat16 or float16 tensor.
+            OSError: if state is paged and ``QADAM_PAGE_DIR`` is no directory for it.
+            RuntimeError: if state is paged and the device has no managed memory.
             NotImplementedError: for an option that is not there yet.
         """
         if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
@@ -113,6 +115,8 @@ class QAdam(Optimizer):
                 looks = f"shape {tuple(param.shape)}, dtype {param.dtype}"
                 subject = f"parameter {before + position} ({place}, {looks})"
                 _core.check_parameter(param, subject)
+            if self._paged:
+                paging.check(group["params"])
         except BaseException:
             self.param_groups.pop()
             raise
@@ -167,7 +171,13 @@ class QAdam(Optimizer):
             ValueError: for a gradient of another shape or device than its parameter's.
             RuntimeError: for a gradient that is not finite, with ``nonfinite="raise"``.
 
-            All are raised before any parameter or state is written.
+            OSError: for paged state that cannot have a file, or was not written to it in an earlier
+                step.
+            CudaError: for a call of the CUDA driver that failed.
+
+            All are raised before any parameter or state is written. Only where a step takes several
+            launches (several devices, parameters that share memory, paged state) and a later one
+            fails, the launches before it stand.
         """
         loss = None
         if closure is not None:
@@ -208,15 +218,23 @@ class QAdam(Optimizer):
 
     def _make_state(self, params: list[Tensor]) -> None:
         """Gives each of ``params`` state that fits it; called by the engine."""
-        made = {}
+        wanted = []
         for param in params:
+            entry = self.state.get(param)
+            wanted.append((param, qstate.bits(entry) if entry else self._bits_for(param)))
+        made = {}
+        for (param, bits), pages in zip(wanted, self._allocate(wanted), strict=True):
             entry = self.state.get(param)
             if entry:
                 where = f"a parameter of shape {tuple(param.shape)}"
-                made[param] = qstate.fit(entry, param, qstate.bits(entry), where)
+                made[param] = qstate.fit(entry, param, bits, where, pages)
             else:
-                made[param] = qstate.zeros(param, self._bits_for(param))
+                made[param] = qstate.zeros(param, bits, pages)
         self.state.update(made)
+
+    def _allocate(self, wanted: list[tuple[Tensor, int]]) -> list[qstate.Pages | None]:
+        """Memory for the state of parameters, of so many bits; None for ordinary memory."""
+        return paging.allocate(wanted) if self._paged else [None] * len(wanted)
 
     def _bits_for(self, param: Tensor) -> int:
         return 8 if self._bits == 8 and param.numel() >= self._min_8bit_size else 32
@@ -265,33 +283,86 @@ class QAdam(Optimizer):
             self._check_group(group)
 
         state: defaultdict[Any, Any] = defaultdict(dict)
+        saved = []
         for key, entry in state_dict["state"].items():
-            if key in by_key:
-                index, param = by_key[key]
-                if entry is not None and not (isinstance(entry, dict) and not entry):
-                    bits = self._bits_for(param)
-                    state[param] = qstate.fit(entry, param, bits, f"parameter {index}")
-            else:
+            if key not in by_key:
                 state[key] = deepcopy(entry)
+            elif entry is not None and not (isinstance(entry, dict) and not entry):
+                saved.append((*by_key[key], entry))
+        wanted = [(param, self._bits_for(param)) for _, param, _ in saved]
+        memory = zip(saved, wanted, self._allocate(wanted), strict=True)
+        for (index, param, entry), (_, bits), pages in memory:
+            state[param] = qstate.fit(entry, param, bits, f"parameter {index}", pages)
         self.__setstate__({"state": state, "param_groups": groups})
 
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_bits", "_min_8bit_size", "_nonfinite", "_nonfinite_count")
+        own = ("_bits", "_min_8bit_size", "_nonfinite", "_nonfinite_count", "_paged")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if self._paged:
+            self.state.update(self._paged_copies(dict(self.state)))
         # the engine holds addresses: it never travels
         self._engine = _core.Engine(self._decoupled, self._nonfinite)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QAdam:
+        copy = type(self).__new__(type(self))
+        memo[id(self)] = copy
+        state = self.__getstate__()
+        entries = state.pop("state")
+        state = deepcopy(state, memo)
+        # straight from pages to pages: there may be no ordinary memory for so much
+        of_copies = {deepcopy(key, memo): entry for key, entry in entries.items()}
+        paged = self._paged_copies(of_copies, memo) if self._paged else {}
+        rest = {k: deepcopy(v, memo) for k, v in of_copies.items() if k not in paged}
+        copied = {key: paged.get(key, rest.get(key)) for key in of_copies}
+        copy.__setstate__({**state, "state": defaultdict(dict, copied)})
+        return copy
+
+    def _paged_copies(
+        self, entries: dict[Any, Any], memo: dict[int, Any] | None = None
+    ) -> dict[Tensor, Any]:
+        """Paged copies of those entries that ought to be paged and are not.
+
+        With the ``memo`` of a deepcopy they are deep copies, and all that ought to be paged.
+        """
+        wanted = [
+            (param, entry)
+            for param, entry in entries.items()
+            if isinstance(param, Tensor)
+            and entry
+            and (memo is not None or not paging.is_paged(entry))
+        ]
+        memory = self._allocate([(param, qstate.bits(entry)) for param, entry in wanted])
+        return {
+            param: qstate.copy_into(pages, entry, param, memo)
+            for (param, entry), pages in zip(wanted, memory, strict=True)
+            if pages is not None
+        }
+
+    def memory(self) -> paging.Memory:
+        """How many bytes the optimizer takes, by tier and use.
+
+        Returns:
+            For each tier (``"device"`` memory, ``"managed"`` memory, which the CUDA driver moves
+            between host and device, ``"host"`` memory, and files that are ``"mapped"``) the bytes
+            of ``"state"`` (moments, counts), ``"scales"`` (of 8-bit codes) and ``"work"`` (tables
+            of CUDA launches; what paged memory has besides the state).
+        """
+        return paging.memory(self.state.values(), *self._engine.work())
 
     def __repr__(self) -> str:
         width = "32-bit"
         if self._bits == 8:
             width = f"8-bit, 32-bit for tensors of less than {self._min_8bit_size} elements"
-        return f'{super().__repr__()[:-1]}State: {width}\nnonfinite: "{self._nonfinite}"\n)'
+        paged = f", paged for tensors of at least {paging.LEAST} elements" if self._paged else ""
+        memory = paging.describe(self.memory())
+        own = f'State: {width}{paged}\nMemory: {memory}\nnonfinite: "{self._nonfinite}"\n'
+        return f"{super().__repr__()[:-1]}{own})"
 
 
 def _whole(name: str, value: int, low: int, high: int | None) -> int:

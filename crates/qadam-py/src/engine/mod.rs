@@ -91,6 +91,11 @@ impl Engine {
         self.0.try_lock().map_or(0, |mut tensors| tensors.poll())
     }
 
+    /// Bytes of device and of pinned host memory that launches use.
+    fn work(&self) -> (usize, usize) {
+        self.0.try_lock().map_or((0, 0), |tensors| tensors.work())
+    }
+
     /// For Python's garbage collector: a parameter may lead back to its optimizer.
     #[expect(clippy::needless_pass_by_value, reason = "the signature is PyO3's")]
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use pyo3::prelude::*;
 use qadam_core::cpu::{self, Backend};
-use qadam_core::cuda::{DeviceStep, Launcher};
+use qadam_core::cuda::{DeviceStep, Stepper, Work};
 use qadam_core::{Error, Result, TensorStep};
 
 use crate::error::to_python;
@@ -38,12 +38,20 @@ impl<S> Part<S> {
 
     /// The same error, of a position in `pending`.
     fn locate(&self, error: Error) -> Error {
-        match error {
-            Error::NonFiniteGradient { index, count } => {
-                Error::NonFiniteGradient { index: self.pending[index], count }
-            }
-            other => other,
+        relabel(error, |index| self.pending[index])
+    }
+}
+
+/// The same error, with `of` the position that it names.
+pub fn relabel(error: Error, of: impl Fn(usize) -> usize) -> Error {
+    match error {
+        Error::NonFiniteGradient { index, count } => {
+            Error::NonFiniteGradient { index: of(index), count }
         }
+        Error::Forked { index, owner, process } => {
+            Error::Forked { index: of(index), owner, process }
+        }
+        other => other,
     }
 }
 
@@ -52,15 +60,15 @@ impl<S> Part<S> {
 pub struct Devices(BTreeMap<usize, OnDevice>);
 
 struct OnDevice {
-    launcher: Launcher,
+    stepper: Stepper,
     /// torch's current stream, of this step.
     stream: u64,
-    /// How much of the launcher's count was returned already.
+    /// How much of the stepper's count was returned already.
     counted: u64,
 }
 
 impl Devices {
-    /// Sees to a launcher and the current stream of each device that `waves` need.
+    /// Sees to a stepper and the current stream of each device that `waves` need.
     pub fn open(&mut self, py: Python<'_>, waves: &[Wave]) -> PyResult<()> {
         for &number in waves.iter().flat_map(|wave| wave.cuda.keys()) {
             let stream = Torch::get(py)?.stream(py, number)?;
@@ -68,17 +76,23 @@ impl Devices {
                 device.stream = stream;
                 continue;
             }
-            let launcher = Launcher::new(number).map_err(|error| to_python(&error))?;
-            self.0.insert(number, OnDevice { launcher, stream, counted: 0 });
+            let stepper = Stepper::new(number).map_err(|error| to_python(&error))?;
+            self.0.insert(number, OnDevice { stepper, stream, counted: 0 });
         }
         Ok(())
+    }
+
+    /// Bytes of device and of pinned host memory that launches use.
+    pub fn work(&self) -> (usize, usize) {
+        let Work { device, host } = self.0.values().map(|device| device.stepper.memory()).sum();
+        (device, host)
     }
 
     /// What the devices have counted since the last call, as far as they have got.
     pub fn poll(&mut self) -> usize {
         let mut new = 0;
         for device in self.0.values_mut() {
-            let count = device.launcher.nonfinite();
+            let count = device.stepper.nonfinite();
             new += count - std::mem::replace(&mut device.counted, count);
         }
         new as usize
@@ -91,7 +105,7 @@ impl Devices {
 /// What the back ends return; [`Error::NonFiniteGradient`] has a position in `pending`.
 ///
 /// # Safety
-/// The contracts of [`TensorStep::new`], [`cpu::run`] and [`Launcher::step`] hold for every wave.
+/// The contracts of [`TensorStep::new`], [`cpu::run`] and [`Stepper::step`] hold for every wave.
 pub unsafe fn run(
     waves: &[Wave],
     devices: &mut Devices,
@@ -101,6 +115,9 @@ pub unsafe fn run(
 ) -> Result<usize> {
     if waves.len() > 1 {
         cpu::pool::start(threads)?;
+    }
+    for wave in waves {
+        cpu::check(&wave.cpu.steps).map_err(|error| wave.cpu.locate(error))?;
     }
     // SAFETY: this function's contract.
     unsafe {
@@ -113,7 +130,7 @@ pub unsafe fn run(
         for wave in waves {
             for (number, part) in &wave.cuda {
                 let device = devices.0.get_mut(number).expect("`open` was called for these waves");
-                device.launcher.step(&part.steps, device.stream)?;
+                device.stepper.step(&part.steps, device.stream)?;
             }
             nonfinite += cpu::run(&wave.cpu.steps, backend, threads)?;
         }
@@ -130,7 +147,7 @@ unsafe fn count(wave: &Wave, devices: &mut Devices, threads: usize) -> Result<()
     unsafe {
         for (number, part) in &wave.cuda {
             let device = devices.0.get_mut(number).expect("`open` was called for these waves");
-            let found = device.launcher.count_nonfinite(&part.steps, device.stream)?;
+            let found = device.stepper.count_nonfinite(&part.steps, device.stream)?;
             if let Some((index, count)) = found {
                 return Err(part.locate(Error::NonFiniteGradient { index, count }));
             }

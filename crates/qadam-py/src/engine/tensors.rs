@@ -9,7 +9,7 @@ use pyo3::types::{PyDict, PyList, PyTuple};
 use qadam_core::cpu::{self, Backend};
 use qadam_core::cuda::DeviceStep;
 use qadam_core::rule::Coefficients;
-use qadam_core::{Decay, Error, Hyper, NonFinite, TensorStep, Walk};
+use qadam_core::{Decay, Hyper, NonFinite, TensorStep, Walk};
 
 use super::groups::{Group, item};
 use super::run::{self, Devices, Wave};
@@ -93,13 +93,9 @@ impl Tensors {
         // devices in this very call; `pending` and the slots keep the tensors alive; members of a
         // wave do not overlap; the streams are torch's current ones.
         let outcome = py.detach(|| unsafe { run::run(&waves, devices, threads, backend, raise) });
-        let nonfinite = outcome.map_err(|error| match error {
-            // `run` knows positions in `pending`, users know parameters
-            Error::NonFiniteGradient { index, count } => {
-                to_python(&Error::NonFiniteGradient { index: pending[index].index, count })
-            }
-            other => to_python(&other),
-        })?;
+        // `run` knows positions in `pending`, users know parameters
+        let nonfinite = outcome
+            .map_err(|error| to_python(&run::relabel(error, |index| pending[index].index)))?;
         let updated = PyList::empty(py);
         for item in &pending {
             let slot = self.slot(item.index);
@@ -117,6 +113,11 @@ impl Tensors {
     /// How many non-finite gradients devices have met that no step has returned yet.
     pub fn poll(&mut self) -> usize {
         self.devices.poll()
+    }
+
+    /// Bytes of device and of pinned host memory that launches use.
+    pub fn work(&self) -> (usize, usize) {
+        self.devices.work()
     }
 
     /// With the software device, declares what the pending steps may touch.
