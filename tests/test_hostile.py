@@ -164,12 +164,17 @@ def test_an_adamw_of_ours_is_not_loaded_as_an_adam():
 
 @pytest.mark.parametrize(
     "change",
-    [{"nonfinite": "raise"}, {"optim_bits": 8}, {"block_wise": False}, {"percentile_clipping": 5}],
+    [
+        {"nonfinite": "raise"},
+        {"skip_zeros": True},
+        {"block_wise": False},
+        {"percentile_clipping": 5},
+    ],
 )
 def test_options_put_into_a_group_between_steps_are_refused(change):
     _, optimizer = trained(32)
     optimizer.param_groups[0].update(change)
-    with pytest.raises(NotImplementedError, match=next(iter(change))):
+    with pytest.raises((NotImplementedError, ValueError), match=next(iter(change))):
         optimizer.step()
 
 
@@ -217,9 +222,14 @@ def test_subnormal_coefficients_survive_flush_to_zero_in_the_calling_thread(bits
 
 @pytest.mark.cpu_only
 def test_threads_of_earlier_thread_counts_do_not_pile_up():
+    def name(task):
+        try:
+            return (task / "comm").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            return ""
+
     def count():
-        tasks = Path("/proc/self/task").iterdir()
-        return sum((task / "comm").read_text().startswith("qadam-") for task in tasks)
+        return sum(name(task).startswith("qadam-") for task in Path("/proc/self/task").iterdir())
 
     p = Parameter(torch.ones(300_000))
     p.grad = torch.ones(300_000)

@@ -3,6 +3,7 @@
 import ast
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,7 +112,6 @@ def test_optim_bits_that_contradict_the_name_are_refused(name):
 
 LATER = {
     "amsgrad": [True],
-    "args": [object()],
     "percentile_clipping": [99, 5, 1],
     "block_wise": [False],
 }
@@ -128,13 +128,10 @@ GROUP_LATER = {
     "amsgrad": True,
     "maximize": True,
     "differentiable": True,
-    "optim_bits": 8,
-    "min_8bit_size": 0,
     "percentile_clipping": 5,
     "block_wise": False,
-    "is_paged": True,
-    "args": object(),
-    "nonfinite": "raise",
+    "max_unorm": 0.5,
+    "skip_zeros": True,
 }
 
 
@@ -149,6 +146,12 @@ def test_options_of_a_group_are_never_ignored(cls, option, value):
     with pytest.raises(NotImplementedError, match=option):
         optimizer.add_param_group({"params": one(), option: value})
     assert frozen(optimizer) == before
+
+
+@pytest.mark.parametrize("args", [{"max_unorm": 0.5}, {"skip_zeros": True}, {"block_wise": False}])
+def test_later_options_in_args_are_never_taken_silently(args):
+    with pytest.raises(NotImplementedError, match=next(iter(args))):
+        qadam.AdamW(one(), args=SimpleNamespace(**args))
 
 
 @pytest.mark.parametrize("option", ["amsgrad", "maximize", "differentiable"])

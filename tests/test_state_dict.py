@@ -313,7 +313,7 @@ DAMAGE_GROUPS = {
     "bad lr": (group("lr", -1), ["lr", "-1"]),
     "bad betas": (group("betas", (0.9, 1.0)), ["betas"]),
     "amsgrad": (group("amsgrad", True), ["amsgrad"]),
-    "optim_bits": (group("optim_bits", 8), ["optim_bits"]),
+    "optim_bits": (group("optim_bits", 16), ["optim_bits"]),
     "no state": (lambda saved: saved.pop("state"), ["state"]),
     "no groups": (lambda saved: saved.pop("param_groups"), ["param_groups"]),
 }

@@ -50,6 +50,7 @@ class Engine:
     def step(
         self,
         groups: list[dict[str, Any]],
+        overrides: dict[Tensor, dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
         make_state: Callable[[list[Tensor]], None],
         threads: int,

@@ -16,6 +16,7 @@ from qadam.optim.adamw import (
     PagedAdamW8bit,
     PagedAdamW32bit,
 )
+from qadam.overrides import GlobalOptimManager
 
 __all__ = [
     "Adam",
@@ -24,6 +25,7 @@ __all__ = [
     "AdamW",
     "AdamW8bit",
     "AdamW32bit",
+    "GlobalOptimManager",
     "PagedAdam",
     "PagedAdam8bit",
     "PagedAdam32bit",

@@ -27,7 +27,9 @@ class Adam(QAdam):
 
     Args:
         params: parameters, or groups of them with their own ``lr``, ``betas``, ``eps`` and
-            ``weight_decay``, as for any ``torch.optim.Optimizer``.
+            ``weight_decay``, as for any ``torch.optim.Optimizer``; also ``optim_bits``,
+            ``min_8bit_size`` and ``is_paged``, which count when state is made. For single
+            parameters there is :class:`qadam.GlobalOptimManager`.
         lr: learning rate, at least 0.
         betas: decay rates of the two moments, each at least 0 and less than 1.
         eps: added to the denominator, at least 0.
@@ -36,7 +38,9 @@ class Adam(QAdam):
         amsgrad: not implemented yet.
         optim_bits: 32 or 8, the width of the state. Where the class's name says it, the default
             stands for that width and any other contradiction is an error.
-        args: not implemented yet.
+        args: an object whose attributes ``optim_bits``, ``min_8bit_size``, ``percentile_clipping``
+            and ``block_wise`` replace the keywords, where it has them; ``max_unorm`` and
+            ``skip_zeros``, which bitsandbytes takes from here alone, are not implemented yet.
         min_8bit_size: parameters of fewer elements keep 32-bit state.
         percentile_clipping: 100, which is no clipping; less is not implemented yet.
         block_wise: True, one scale for each 256 elements; False is not implemented yet.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from qadam import _core, paging
+from qadam import _core, overrides, paging
 from qadam import state as qstate
 
 Group = dict[str, Any]
@@ -45,15 +45,14 @@ class QAdam(Optimizer):
         is_paged: bool,
         nonfinite: str,
     ) -> None:
-        self._bits = self._resolve_bits(optim_bits)
-        self._min_8bit_size = _whole("min_8bit_size", min_8bit_size, 0, None)
-        _whole("percentile_clipping", percentile_clipping, 1, 100)
-        self._refuse_later(
-            ("amsgrad", amsgrad, bool(amsgrad)),
-            ("args", args, args is not None),
-            ("percentile_clipping", percentile_clipping, percentile_clipping < 100),
-            ("block_wise", block_wise, not block_wise),
-        )
+        own = {"optim_bits": optim_bits, "min_8bit_size": min_8bit_size}
+        own |= {"percentile_clipping": percentile_clipping, "block_wise": block_wise}
+        # as bitsandbytes has it: what `args` has replaces the keywords
+        own |= {name: getattr(args, name) for name in (*own, *_ONLY_ARGS) if hasattr(args, name)}
+        self._bits = self._resolve_bits(own["optim_bits"])
+        self._check_options(own)
+        self._min_8bit_size = own["min_8bit_size"]
+        self._refuse_later(("amsgrad", amsgrad, bool(amsgrad)))
         self._paged = bool(is_paged) or self._class_paged
         if nonfinite not in ("skip", "propagate", "raise"):
             msg = f'nonfinite must be "skip", "propagate" or "raise", got {nonfinite!r}'
@@ -115,7 +114,7 @@ class QAdam(Optimizer):
                 looks = f"shape {tuple(param.shape)}, dtype {param.dtype}"
                 subject = f"parameter {before + position} ({place}, {looks})"
                 _core.check_parameter(param, subject)
-            if self._paged:
+            if group.get("is_paged", self._paged):
                 paging.check(group["params"])
         except BaseException:
             self.param_groups.pop()
@@ -139,16 +138,34 @@ class QAdam(Optimizer):
         _core.check_hyper(*(n.item() if isinstance(n, Tensor) else float(n) for n in numbers))
         # These would change the update. What else torch's groups hold (foreach, fused, capturable)
         # says how to compute it, which is for this package to decide.
-        options = ("amsgrad", "maximize", "differentiable")
-        self._refuse_later(*((name, True, bool(group.get(name))) for name in options))
-        overrides = ["optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged"]
-        overrides += ["args", "nonfinite"]
-        self._refuse_later(*((name, group.get(name), name in group) for name in overrides))
+        later = ("amsgrad", "maximize", "differentiable")
+        self._refuse_later(*((name, True, bool(group.get(name))) for name in later))
+        self._check_options(group)
+        for name in ("args", "nonfinite"):
+            if name in group:
+                msg = f"{name} is for all parameters of an optimizer: give it to the constructor"
+                raise ValueError(msg)
         if group.get("decoupled_weight_decay") and not self._decoupled:
             msg = (
                 f"{type(self).__name__} couples weight decay: for decoupled_weight_decay use AdamW"
             )
             raise NotImplementedError(msg)
+
+    def _check_options(self, options: Group) -> None:
+        """Checks those options of the state and of clipping that ``options`` has."""
+        if options.get("optim_bits", 32) not in (8, 32):
+            msg = f"optim_bits must be 32 or 8, got {options['optim_bits']!r}"
+            raise ValueError(msg)
+        _whole("min_8bit_size", options.get("min_8bit_size", 0), 0, None)
+        clipping = _whole("percentile_clipping", options.get("percentile_clipping", 100), 1, 100)
+        block_wise = options.get("block_wise", True)
+        max_unorm, skip_zeros = options.get("max_unorm", 0.0), options.get("skip_zeros", False)
+        self._refuse_later(
+            ("percentile_clipping", clipping, clipping < 100),
+            ("block_wise", block_wise, not block_wise),
+            ("max_unorm", max_unorm, max_unorm > 0),
+            ("skip_zeros", skip_zeros, bool(skip_zeros)),
+        )
 
     # The step.
 
@@ -184,7 +201,12 @@ class QAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         threads = torch.get_num_threads()
-        count = self._engine.step(self.param_groups, self.state, self._make_state, threads)
+        own = overrides.overridden(self.param_groups)
+        for options in own.values():
+            self._check_group(options)
+        count = self._engine.step(self.param_groups, own, self.state, self._make_state, threads)
+        if own:
+            overrides.note_base_lr(self.param_groups)
         if count:
             self._report_nonfinite(count)
         return loss
@@ -219,11 +241,12 @@ class QAdam(Optimizer):
     def _make_state(self, params: list[Tensor]) -> None:
         """Gives each of ``params`` state that fits it; called by the engine."""
         wanted = []
-        for param in params:
+        for param, options in zip(params, self._options(params), strict=True):
             entry = self.state.get(param)
-            wanted.append((param, qstate.bits(entry) if entry else self._bits_for(param)))
+            bits = qstate.bits(entry) if entry else self._bits_for(param, options)
+            wanted.append((param, bits, options))
         made = {}
-        for (param, bits), pages in zip(wanted, self._allocate(wanted), strict=True):
+        for (param, bits, _), pages in zip(wanted, self._allocate(wanted), strict=True):
             entry = self.state.get(param)
             if entry:
                 where = f"a parameter of shape {tuple(param.shape)}"
@@ -232,12 +255,23 @@ class QAdam(Optimizer):
                 made[param] = qstate.zeros(param, bits, pages)
         self.state.update(made)
 
-    def _allocate(self, wanted: list[tuple[Tensor, int]]) -> list[qstate.Pages | None]:
-        """Memory for the state of parameters, of so many bits; None for ordinary memory."""
-        return paging.allocate(wanted) if self._paged else [None] * len(wanted)
+    def _options(self, params: list[Tensor]) -> list[Group]:
+        """The group of each parameter, with what is overridden for the parameter."""
+        groups = {id(param): group for group in self.param_groups for param in group["params"]}
+        own = overrides.overridden(self.param_groups)
+        return [own.get(param, groups[id(param)]) for param in params]
 
-    def _bits_for(self, param: Tensor) -> int:
-        return 8 if self._bits == 8 and param.numel() >= self._min_8bit_size else 32
+    def _bits_for(self, param: Tensor, options: Group) -> int:
+        least = options.get("min_8bit_size", self._min_8bit_size)
+        is_8bit = options.get("optim_bits", self._bits) == 8 and param.numel() >= least
+        return 8 if is_8bit else 32
+
+    def _allocate(self, wanted: list[tuple[Tensor, int, Group]]) -> list[qstate.Pages | None]:
+        """Memory for the state of parameters, of so many bits; None for ordinary memory."""
+        is_paged = [options.get("is_paged", self._paged) for _, _, options in wanted]
+        paged = [item[:2] for item, paged in zip(wanted, is_paged, strict=True) if paged]
+        memory = iter(paging.allocate(paged))
+        return [next(memory) if paged else None for paged in is_paged]
 
     # Saving and loading.
 
@@ -266,7 +300,7 @@ class QAdam(Optimizer):
             got, want = len(groups), len(self.param_groups)
             msg = f"the state dict has {got} parameter groups, the optimizer has {want}"
             raise ValueError(msg)
-        by_key: dict[Any, tuple[int, Tensor]] = {}
+        by_key: dict[Any, tuple[int, Tensor, Group]] = {}
         for number, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
             keys, params = group["params"], own["params"]
             if len(keys) != len(params):
@@ -274,7 +308,7 @@ class QAdam(Optimizer):
                 msg = f"group {number} of the state dict has {sizes}"
                 raise ValueError(msg)
             for key, param in zip(keys, params, strict=True):
-                by_key[key] = (len(by_key), param)
+                by_key[key] = (len(by_key), param, group)
             group["params"] = params
             if self._decoupled:  # torch's AdamW decouples whatever it loads, too
                 group["decoupled_weight_decay"] = True
@@ -289,9 +323,13 @@ class QAdam(Optimizer):
                 state[key] = deepcopy(entry)
             elif entry is not None and not (isinstance(entry, dict) and not entry):
                 saved.append((*by_key[key], entry))
-        wanted = [(param, self._bits_for(param)) for _, param, _ in saved]
+        overridden = overrides.overridden(groups)
+        wanted = []
+        for _, param, group, _ in saved:
+            options = overridden.get(param, group)
+            wanted.append((param, self._bits_for(param, options), options))
         memory = zip(saved, wanted, self._allocate(wanted), strict=True)
-        for (index, param, entry), (_, bits), pages in memory:
+        for (index, param, _, entry), (_, bits, _), pages in memory:
             state[param] = qstate.fit(entry, param, bits, f"parameter {index}", pages)
         self.__setstate__({"state": state, "param_groups": groups})
 
@@ -304,8 +342,7 @@ class QAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self._paged:
-            self.state.update(self._paged_copies(dict(self.state)))
+        self.state.update(self._paged_copies(dict(self.state)))
         # the engine holds addresses: it never travels
         self._engine = _core.Engine(self._decoupled, self._nonfinite)
 
@@ -314,13 +351,13 @@ class QAdam(Optimizer):
         memo[id(self)] = copy
         state = self.__getstate__()
         entries = state.pop("state")
-        state = deepcopy(state, memo)
+        copy.__dict__.update(deepcopy(state, memo))
         # straight from pages to pages: there may be no ordinary memory for so much
         of_copies = {deepcopy(key, memo): entry for key, entry in entries.items()}
-        paged = self._paged_copies(of_copies, memo) if self._paged else {}
+        paged = copy._paged_copies(of_copies, memo)
         rest = {k: deepcopy(v, memo) for k, v in of_copies.items() if k not in paged}
         copied = {key: paged.get(key, rest.get(key)) for key in of_copies}
-        copy.__setstate__({**state, "state": defaultdict(dict, copied)})
+        copy.__setstate__({"state": defaultdict(dict, copied)})
         return copy
 
     def _paged_copies(
@@ -330,17 +367,20 @@ class QAdam(Optimizer):
 
         With the ``memo`` of a deepcopy they are deep copies, and all that ought to be paged.
         """
-        wanted = [
-            (param, entry)
+        own = {id(param) for group in self.param_groups for param in group["params"]}
+        moved = {
+            param: entry
             for param, entry in entries.items()
-            if isinstance(param, Tensor)
-            and entry
-            and (memo is not None or not paging.is_paged(entry))
+            if id(param) in own and entry and (memo is not None or not paging.is_paged(entry))
+        }
+        options = self._options(list(moved))
+        wanted = [
+            (param, qstate.bits(entry), of_param)
+            for (param, entry), of_param in zip(moved.items(), options, strict=True)
         ]
-        memory = self._allocate([(param, qstate.bits(entry)) for param, entry in wanted])
         return {
             param: qstate.copy_into(pages, entry, param, memo)
-            for (param, entry), pages in zip(wanted, memory, strict=True)
+            for (param, entry), pages in zip(moved.items(), self._allocate(wanted), strict=True)
             if pages is not None
         }
 
@@ -363,6 +403,10 @@ class QAdam(Optimizer):
         memory = paging.describe(self.memory())
         own = f'State: {width}{paged}\nMemory: {memory}\nnonfinite: "{self._nonfinite}"\n'
         return f"{super().__repr__()[:-1]}{own})"
+
+
+_ONLY_ARGS = ("max_unorm", "skip_zeros")
+"""Options that bitsandbytes takes from ``args`` alone."""
 
 
 def _whole(name: str, value: int, low: int, high: int | None) -> int:

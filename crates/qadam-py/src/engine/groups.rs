@@ -8,15 +8,13 @@ use qadam_core::{Decay, Hyper, NonFinite};
 
 use crate::tensor::{Device, Tensor, Torch};
 
-/// Options of the optimizer that a group may not override yet.
-const OVERRIDES: [&str; 7] = [
-    "optim_bits",
-    "min_8bit_size",
-    "percentile_clipping",
-    "block_wise",
-    "is_paged",
-    "args",
-    "nonfinite",
+/// Flags that would change the update in ways that are not implemented yet, and what they may be.
+const LATER: [(&str, bool); 5] = [
+    ("amsgrad", false),
+    ("maximize", false),
+    ("differentiable", false),
+    ("skip_zeros", false),
+    ("block_wise", true),
 ];
 
 /// A group's hyperparameters.
@@ -37,16 +35,31 @@ impl Group {
         nonfinite: NonFinite,
     ) -> PyResult<Self> {
         let py = group.py();
-        for name in ["amsgrad", "maximize", "differentiable"] {
-            if group.get_item(name)?.is_some_and(|value| value.is_truthy().unwrap_or(true)) {
-                let text = format!("{name} of group {index} is set; it is not implemented yet");
-                return Err(PyNotImplementedError::new_err(text));
+        let later = |name: &str| {
+            let text = format!("{name} of group {index} is set; it is not implemented yet");
+            Err(PyNotImplementedError::new_err(text))
+        };
+        for (name, accepted) in LATER {
+            let flag = group.get_item(name)?;
+            if flag.is_some_and(|flag| flag.is_truthy().unwrap_or(!accepted) != accepted) {
+                return later(name);
             }
         }
-        for name in OVERRIDES {
+        let clipping = group.get_item("percentile_clipping")?;
+        if clipping.map_or(Ok(100.0), |clipping| clipping.extract::<f64>())? < 100.0 {
+            return later("percentile_clipping");
+        }
+        let max_unorm = group.get_item("max_unorm")?;
+        if max_unorm.map_or(Ok(0.0), |norm| norm.extract::<f64>())? > 0.0 {
+            return later("max_unorm");
+        }
+        for name in ["args", "nonfinite"] {
             if group.contains(name)? {
-                let text = format!("{name} of group {index} is set; it is not implemented yet");
-                return Err(PyNotImplementedError::new_err(text));
+                let text = format!(
+                    "{name} of group {index} is set; it is for all parameters of an optimizer: \
+                     give it to the constructor"
+                );
+                return Err(PyValueError::new_err(text));
             }
         }
         let decoupled = group.get_item("decoupled_weight_decay")?;

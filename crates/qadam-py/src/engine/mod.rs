@@ -24,7 +24,7 @@ use qadam_core::cpu::{self, Backend};
 use qadam_core::{Decay, NonFinite};
 
 use crate::error::to_python;
-use tensors::Tensors;
+use tensors::{Options, Tensors};
 
 /// Steps all tensors of an optimizer.
 #[pyclass(module = "qadam._core", frozen)]
@@ -53,12 +53,14 @@ impl Engine {
     /// Updates every parameter of `groups` (an optimizer's `param_groups`) that has a gradient, on
     /// `threads` threads, and returns how many elements had a non-finite gradient.
     ///
-    /// `state` is the optimizer's; `make_state(params)` must give each of `params` an entry that
+    /// `overrides` has a group for each parameter that does not follow its own. `state` is the
+    /// optimizer's; `make_state(params)` must give each of `params` an entry that
     /// fits it. It is called only once all gradients have passed their checks.
     fn step(
         &self,
         py: Python<'_>,
         groups: &Bound<'_, PyList>,
+        overrides: &Bound<'_, PyDict>,
         state: &Bound<'_, PyDict>,
         make_state: &Bound<'_, PyAny>,
         threads: usize,
@@ -70,7 +72,8 @@ impl Engine {
             return Err(PyRuntimeError::new_err(text));
         };
         let mut before = Vec::new();
-        let outcome = tensors.run(py, groups, state, make_state, threads, backend, &mut before);
+        let options = Options { groups, overrides };
+        let outcome = tensors.run(py, options, state, make_state, threads, backend, &mut before);
         if outcome.is_err() {
             // a step that failed leaves the state as it was
             for (param, entry) in before.into_iter().rev() {

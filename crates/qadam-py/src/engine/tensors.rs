@@ -35,6 +35,15 @@ pub struct Tensors {
     devices: Devices,
 }
 
+/// What a step is told of hyperparameters.
+#[derive(Clone, Copy)]
+pub struct Options<'a, 'py> {
+    /// The optimizer's `param_groups`.
+    pub groups: &'a Bound<'py, PyList>,
+    /// A group for each parameter that does not follow its own.
+    pub overrides: &'a Bound<'py, PyDict>,
+}
+
 /// A parameter and its entry in `optimizer.state`, if it had one.
 pub type Before<'py> = (Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
 
@@ -76,14 +85,14 @@ impl Tensors {
     pub fn run<'py>(
         &mut self,
         py: Python<'py>,
-        groups: &Bound<'py, PyList>,
+        options: Options<'_, 'py>,
         state: &Bound<'py, PyDict>,
         make_state: &Bound<'py, PyAny>,
         threads: usize,
         backend: Backend,
         before: &mut Vec<Before<'py>>,
     ) -> PyResult<usize> {
-        let pending = self.gather(groups, state, make_state, before)?;
+        let pending = self.gather(options, state, make_state, before)?;
         let waves = self.prepare(py, &pending)?;
         self.devices.open(py, &waves)?;
         let _adopted = self.adopt(&pending)?;
@@ -134,12 +143,13 @@ impl Tensors {
     /// Checks every gradient, then sees to it that every parameter with one has a current slot.
     fn gather<'py>(
         &mut self,
-        groups: &Bound<'py, PyList>,
+        Options { groups, overrides }: Options<'_, 'py>,
         state: &Bound<'py, PyDict>,
         make_state: &Bound<'py, PyAny>,
         before: &mut Vec<Before<'py>>,
     ) -> PyResult<Vec<Pending<'py>>> {
         let py = groups.py();
+        let has_overrides = !overrides.is_empty();
         if !self.entries.iter().copied().eq(identities(state)) {
             self.slots.clear();
         }
@@ -173,7 +183,15 @@ impl Tensors {
                         })?;
                         fresh.push((index, tensor, walk));
                     }
-                    pending.push(Pending { index, grad, group: read });
+                    let own = if has_overrides { overrides.get_item(&param)? } else { None };
+                    let group = match own {
+                        Some(own) => {
+                            let own = own.cast_into::<PyDict>()?;
+                            Group::read(&own, group_index, self.decay, self.nonfinite)?
+                        }
+                        None => read,
+                    };
+                    pending.push(Pending { index, grad, group });
                 }
                 index += 1;
             }
