@@ -7,7 +7,7 @@ use qadam_core::{Adam, Hyper, Result, StateFormat, Update};
 fn main() -> Result<()> {
     let target: Vec<f32> = (0..10_000_u16).map(|i| (f32::from(i) * 0.01).sin()).collect();
     let mut weights = vec![0.0_f32; target.len()];
-    let mut adam = Adam::new(Hyper { lr: 0.01, ..Hyper::adam() }, StateFormat::Dynamic8)?;
+    let mut adam = Adam::new(Hyper { lr: 0.01, ..Hyper::adam() }, StateFormat::DYNAMIC8)?;
     let id = adam.add(weights.len());
     for step in 0..=400 {
         // the gradient of half the squared distance to the target

@@ -10,7 +10,7 @@
 #include "dynamic.cuh"
 #include "rule.cuh"
 
-// The structures below are `#[repr(C)]` in src/cuda/launch.rs.
+// The structures below are `#[repr(C)]` in src/cuda/table.rs.
 
 enum Access : u32 {
     VECTOR = 0,   // dense and alike, 16-byte aligned
@@ -31,6 +31,8 @@ struct Tensor {
     u64 param;
     u64 m, v;              // values (32-bit) or codes (8-bit)
     u64 m_scale, v_scale;  // 8-bit only
+    u64 max_v;             // as `v`, where the state has it (AMSGrad), else 0
+    u64 max_v_scale;       // 8-bit only
     u64 step;              // f32, how many steps the parameter has had
     u64 len;
     u32 hyper; // index
@@ -44,7 +46,7 @@ struct Grad {
     u64 address;
     u64 strides;  // a `Strides`, where the access is STRIDED
     u32 access;
-    u32 unused;
+    u32 guarded;  // whether there is a `Hyper::found_inf` to look at
 };
 
 struct Chunk {
@@ -75,12 +77,25 @@ struct alignas(sizeof(T) * RUN) Vector {
     T at[RUN];
 };
 
+// A moment in memory: values, or codes and their scales.
+struct Moment {
+    u64 address, scale;
+};
+
+// What a warp keeps in shared memory, as registers are dear.
+struct Desk {
+    Vector<float> stage[BLOCK / RUN];  // what cannot be loaded or stored in vectors
+    Moment m, v, max_v;                // of the tensor
+    const Strides* strides;            // where the access is STRIDED
+    float factor;                      // of gradients
+};
+
 // A block, and which of its elements a lane has.
 struct Place {
     u64 start;  // in the tensor
     int len;
     int lane;
-    Vector<float>* stage;  // of the warp, in shared memory: BLOCK elements
+    Desk* desk;
 
     __device__ __forceinline__ bool whole() const { return len == BLOCK; }
     // Of a lane's vectors, counted in vectors from the block's first.
@@ -91,12 +106,12 @@ struct Place {
 struct Path {
     u64 base;
     u32 access;
-    const Strides* strides;
     bool is_param;
 
     // Where element `i` of the tensor lies, in elements from its first.
-    __device__ __forceinline__ u64 offset(u64 i) const {
+    __device__ __forceinline__ u64 offset(u64 i, const Desk& desk) const {
         if (access != STRIDED) return i;
+        const Strides* strides = desk.strides;
         u64 at = 0;
 #pragma unroll 1
         for (int d = 0; d < DIMS && i > 0; d++) {
@@ -108,7 +123,7 @@ struct Path {
     }
 };
 
-__device__ __forceinline__ Path dense(u64 base) { return {base, VECTOR, nullptr, false}; }
+__device__ __forceinline__ Path dense(u64 base) { return {base, VECTOR, false}; }
 
 template <typename T>
 __device__ __forceinline__ T* global(u64 address) {
@@ -174,12 +189,12 @@ __device__ __forceinline__ void load(
         }
         return;
     }
-    float* stage = (float*)place.stage;
+    float* stage = (float*)place.desk->stage;
 #pragma unroll 1
     for (int i = place.lane; i < BLOCK; i += 32) {
         float x = 0.0f;
         if (i < place.len) {
-            u64 at = path.offset(place.start + i);
+            u64 at = path.offset(place.start + i, *place.desk);
             x = dtype == FLOAT32    ? load_one<F32>(path.base, at)
                 : dtype == BFLOAT16 ? load_one<BF16>(path.base, at)
                                     : load_one<F16>(path.base, at);
@@ -189,7 +204,7 @@ __device__ __forceinline__ void load(
     __syncwarp();
 #pragma unroll
     for (int run = 0; run < RUNS; run++) {
-        Vector<float> vector = place.stage[place.vector(run)];
+        Vector<float> vector = place.desk->stage[place.vector(run)];
 #pragma unroll
         for (int i = 0; i < RUN; i++) to[run * RUN + i] = vector.at[i];
     }
@@ -209,18 +224,18 @@ __device__ __forceinline__ void store(
         }
         return;
     }
-    const float* stage = (const float*)place.stage;
+    const float* stage = (const float*)place.desk->stage;
 #pragma unroll
     for (int run = 0; run < RUNS; run++) {
         Vector<float> vector;
 #pragma unroll
         for (int i = 0; i < RUN; i++) vector.at[i] = from[run * RUN + i];
-        place.stage[place.vector(run)] = vector;
+        place.desk->stage[place.vector(run)] = vector;
     }
     __syncwarp();
 #pragma unroll 1
     for (int i = place.lane; i < place.len; i += 32) {
-        u64 at = path.offset(place.start + i);
+        u64 at = path.offset(place.start + i, *place.desk);
         if (dtype == FLOAT32) {
             store_one<F32>(stage[i], path.base, at);
         } else if (dtype == BFLOAT16) {
@@ -286,21 +301,46 @@ __device__ __forceinline__ int warp_sum(int x) {
     return x;
 }
 
+// Moments that are not, as can be where a gradient was not, count as 0.
+__device__ __forceinline__ void make_finite(float (&moment)[LANE]) {
+#pragma unroll
+    for (int i = 0; i < LANE; i++) moment[i] = is_finite(moment[i]) ? moment[i] : 0.0f;
+}
+
 // A lane's elements of a block, with their moments as values.
 struct Block {
     float p[LANE], m[LANE], v[LANE];
 
-    // Updates them and returns how many gradients of the whole block were not finite. Elements beyond
-    // its end are zero and have zero gradients.
-    __device__ __forceinline__ int update(float (&g)[LANE], const Coefficients& c) {
+    // Of the `len` elements of a block. Those beyond them have gradients of 0, which are not finite
+    // only where no gradient is: if the factor or the coupled decay is infinite.
+    static __device__ __forceinline__ int count(int of_lane, int len) {
+        return min(warp_sum(of_lane), len);
+    }
+
+    // Makes gradients effective. Returns whether the whole block's need neither clamping nor skipping.
+    __device__ __forceinline__ bool prepare(
+        float (&g)[LANE], const Coefficients& c, float factor
+    ) const {
+        if (factor != 1.0f) {  // the same in every lane
+#pragma unroll
+            for (int i = 0; i < LANE; i++) g[i] = __fmul_rn(g[i], factor);
+        }
         bool usual = true;
 #pragma unroll
         for (int i = 0; i < LANE; i++) {
             g[i] = effective_gradient(p[i], g[i], c);
             usual &= fabsf(g[i]) <= GRADIENT_LIMIT;
         }
+        return __all_sync(WARP, usual);
+    }
+
+    // Updates them and returns how many gradients of the whole block were not finite. Elements beyond
+    // its end are zero and have zero gradients.
+    __device__ __forceinline__ int update(
+        float (&g)[LANE], const Coefficients& c, float factor, int len
+    ) {
         int nonfinite = 0;
-        if (__all_sync(WARP, usual)) {
+        if (prepare(g, c, factor)) {
             bool nan = false;
 #pragma unroll
             for (int i = 0; i < LANE; i++) {
@@ -318,17 +358,42 @@ struct Block {
                 nonfinite += !::update(e, g[i], c);
                 set(i, e);
             }
-            nonfinite = warp_sum(nonfinite);
+            nonfinite = count(nonfinite, len);
         }
         return nonfinite;
     }
 
-    // Moments that are not, as can be where a gradient was not, count as 0.
-    __device__ __forceinline__ void make_finite() {
+    // `update` with a third moment, in two halves. This one makes the new first and second moments; it
+    // sets a bit in `kept` for each element that stays as it is.
+    __device__ __forceinline__ int average(
+        float (&g)[LANE], const Coefficients& c, float factor, int len, u32& kept
+    ) {
+        kept = 0;
+        if (prepare(g, c, factor)) {
+#pragma unroll
+            for (int i = 0; i < LANE; i++) ::average(m[i], v[i], g[i], c);
+            return 0;
+        }
+        int nonfinite = 0;
 #pragma unroll
         for (int i = 0; i < LANE; i++) {
-            m[i] = is_finite(m[i]) ? m[i] : 0.0f;
-            v[i] = is_finite(v[i]) ? v[i] : 0.0f;
+            bool finite = is_finite(g[i]);
+            nonfinite += !finite;
+            if (finite || c.propagate) {
+                ::average(m[i], v[i], finite ? clamped(g[i]) : g[i], c);
+            } else {
+                kept |= 1u << i;
+            }
+        }
+        return count(nonfinite, len);
+    }
+
+    // And this one the parameter, by the second moments in `v`.
+    __device__ __forceinline__ void move(const Coefficients& c, u32 kept) {
+#pragma unroll
+        for (int i = 0; i < LANE; i++) {
+            if (kept >> i & 1u) continue;
+            set(i, canonical({moved(p[i], m[i], v[i], c), m[i], v[i]}));
         }
     }
 
@@ -346,18 +411,19 @@ __device__ __forceinline__ float* scale_of(u64 scales, const Place& place) {
 }
 
 __device__ __forceinline__ void load_moments(
-    Block& block, const Tensor& tensor, const Place& place, const Tables& tables
+    Block& block, bool is_8bit, const Place& place, const Tables& tables
 ) {
-    if (!tensor.is_8bit) {
-        load(block.m, FLOAT32, dense(tensor.m), place);
-        load(block.v, FLOAT32, dense(tensor.v), place);
+    Moment from_m = place.desk->m, from_v = place.desk->v;
+    if (!is_8bit) {
+        load(block.m, FLOAT32, dense(from_m.address), place);
+        load(block.v, FLOAT32, dense(from_v.address), place);
         return;
     }
     Codes m, v;
-    m.load(tensor.m, place, 127);
-    v.load(tensor.v, place, 0);
-    float m_scale = usable_scale(*scale_of(tensor.m_scale, place));
-    float v_scale = usable_scale(*scale_of(tensor.v_scale, place));
+    m.load(from_m.address, place, 127);
+    v.load(from_v.address, place, 0);
+    float m_scale = usable_scale(*scale_of(from_m.scale, place));
+    float v_scale = usable_scale(*scale_of(from_v.scale, place));
 #pragma unroll
     for (int i = 0; i < LANE; i++) {
         block.m[i] = __fmul_rn(tables.of_signed.value[m.at(i)], m_scale);
@@ -366,18 +432,55 @@ __device__ __forceinline__ void load_moments(
 }
 
 // With `keep`, scales do not fall: elements that were skipped keep their codes.
-__device__ __forceinline__ void store_moments(
-    const Block& block, const Tensor& tensor, const Place& place, const Tables& tables, bool keep
+__device__ __forceinline__ void store_second_moment(
+    const float (&v)[LANE], const Moment& to, bool is_8bit, const Place& place,
+    const Tables& tables, bool keep
 ) {
-    if (!tensor.is_8bit) {
-        store(block.m, FLOAT32, dense(tensor.m), place);
-        store(block.v, FLOAT32, dense(tensor.v), place);
+    if (!is_8bit) {
+        store(v, FLOAT32, dense(to.address), place);
+        return;
+    }
+    float scale = warp_max(v);
+    if (keep) scale = fmaxf(scale, usable_scale(*scale_of(to.scale, place)));
+    Normalizer normalizer(scale);
+    Codes codes;
+#pragma unroll
+    for (int i = 0; i < LANE; i++) {
+        codes.set(i, tables.encode_second_moment(normalizer.apply(v[i]), v[i] > 0.0f));
+    }
+    codes.store(to.address, place);
+    __syncwarp();  // every lane has read the old scale
+    if (place.lane == 0) *scale_of(to.scale, place) = scale;
+}
+
+__device__ __forceinline__ void load_second_moment(
+    float (&v)[LANE], const Moment& from, bool is_8bit, const Place& place, const Tables& tables
+) {
+    if (!is_8bit) {
+        load(v, FLOAT32, dense(from.address), place);
+        return;
+    }
+    Codes codes;
+    codes.load(from.address, place, 0);
+    float scale = usable_scale(*scale_of(from.scale, place));
+#pragma unroll
+    for (int i = 0; i < LANE; i++) v[i] = __fmul_rn(tables.of_unsigned.value[codes.at(i)], scale);
+}
+
+// As `store_second_moment`, for both moments of a block; the second goes to `v`.
+__device__ __forceinline__ void store_moments(
+    const Block& block, const Moment& to_m, const Moment& to_v, bool is_8bit, const Place& place,
+    const Tables& tables, bool keep
+) {
+    if (!is_8bit) {
+        store(block.m, FLOAT32, dense(to_m.address), place);
+        store(block.v, FLOAT32, dense(to_v.address), place);
         return;
     }
     float m_scale = warp_max(block.m), v_scale = warp_max(block.v);
     if (keep) {  // the same in every lane
-        m_scale = fmaxf(m_scale, usable_scale(*scale_of(tensor.m_scale, place)));
-        v_scale = fmaxf(v_scale, usable_scale(*scale_of(tensor.v_scale, place)));
+        m_scale = fmaxf(m_scale, usable_scale(*scale_of(to_m.scale, place)));
+        v_scale = fmaxf(v_scale, usable_scale(*scale_of(to_v.scale, place)));
     }
     Normalizer m_normalizer(m_scale), v_normalizer(v_scale);
     Codes m, v;
@@ -387,12 +490,12 @@ __device__ __forceinline__ void store_moments(
         float x = v_normalizer.apply(block.v[i]);
         v.set(i, tables.encode_second_moment(x, block.v[i] > 0.0f));
     }
-    m.store(tensor.m, place);
-    v.store(tensor.v, place);
+    m.store(to_m.address, place);
+    v.store(to_v.address, place);
     __syncwarp();  // every lane has read the old scales
     if (place.lane == 0) {
-        *scale_of(tensor.m_scale, place) = m_scale;
-        *scale_of(tensor.v_scale, place) = v_scale;
+        *scale_of(to_m.scale, place) = m_scale;
+        *scale_of(to_v.scale, place) = v_scale;
     }
 }
 
@@ -401,32 +504,65 @@ __device__ __forceinline__ int step_block(
     const Tensor& tensor, const Path& param, const Path& grad, const Place& place,
     const Coefficients& c, const Tables& tables
 ) {
+    Desk& desk = *place.desk;
     Block block;
     float g[LANE];
     load(g, tensor.grad_dtype, grad, place);
     load(block.p, tensor.param_dtype, param, place);
-    load_moments(block, tensor, place, tables);
-    int nonfinite = block.update(g, c);
-    store(block.p, tensor.param_dtype, param, place);
-    if (nonfinite > 0 && tensor.is_8bit) {  // the same in every lane
+    load_moments(block, tensor.is_8bit, place, tables);
+    int nonfinite;
+    bool amsgrad = desk.max_v.address != 0;  // the same in every lane, as are all conditions here
+    if (!amsgrad) {
+        nonfinite = block.update(g, c, desk.factor, place.len);
+    } else {
+        u32 kept;
+        nonfinite = block.average(g, c, desk.factor, place.len, kept);
         if (nonfinite == place.len && !c.propagate) return nonfinite;
-        block.make_finite();
+        // The largest second moments come in the registers of the gradients, which are of no more use.
+        // Second moments proper are stored at once, and leave theirs to the largest.
+        load_second_moment(g, desk.max_v, tensor.is_8bit, place, tables);
+#pragma unroll
+        for (int i = 0; i < LANE; i++) {
+            if (kept >> i & 1u) continue;
+            g[i] = maximum(g[i], block.v[i]);
+            block.v[i] = canonical(block.v[i]);
+        }
+        if (nonfinite > 0 && tensor.is_8bit) make_finite(block.v);
+        bool keep = nonfinite > 0 && !c.propagate;
+        store_second_moment(block.v, desk.v, tensor.is_8bit, place, tables, keep);
+#pragma unroll
+        for (int i = 0; i < LANE; i++) block.v[i] = g[i];
+        block.move(c, kept);
     }
-    store_moments(block, tensor, place, tables, nonfinite > 0 && !c.propagate);
+    store(block.p, tensor.param_dtype, param, place);
+    if (nonfinite > 0 && tensor.is_8bit) {
+        if (nonfinite == place.len && !c.propagate) return nonfinite;
+        make_finite(block.m);
+        make_finite(block.v);
+    }
+    const Moment& v = amsgrad ? desk.max_v : desk.v;
+    store_moments(block, desk.m, v, tensor.is_8bit, place, tables, nonfinite > 0 && !c.propagate);
     return nonfinite;
 }
 
 __device__ __forceinline__ u32 step_chunk(
     const Tensor& tensor, const Grad& grad, const Chunk& chunk, const Hyper& hyper, int lane,
-    const Tables& tables, Vector<float>* stage
+    const Tables& tables, Desk* desk
 ) {
     u64 t = (u64)*global<const float>(tensor.step) + 1;
     Coefficients c = coefficients(hyper, t);
-    const Strides* s = global<const Strides>(grad.strides);
-    Path param = {tensor.param, grad.access, s, true};
-    Path gradient = {grad.address, grad.access, s, false};
+    if (lane == 0) {
+        desk->strides = global<const Strides>(grad.strides);
+        desk->m = {tensor.m, tensor.m_scale};
+        desk->v = {tensor.v, tensor.v_scale};
+        desk->max_v = {tensor.max_v, tensor.max_v_scale};
+        desk->factor = factor(hyper);
+    }
+    __syncwarp();
+    Path param = {tensor.param, grad.access, true};
+    Path gradient = {grad.address, grad.access, false};
     u32 nonfinite = 0;
-    Place place = {chunk.start, BLOCK, lane, stage};
+    Place place = {chunk.start, BLOCK, lane, desk};
 #pragma unroll 1
     for (u32 left = chunk.len; left > 0; left -= place.len) {
         place.len = (int)min(left, (u32)BLOCK);
@@ -436,20 +572,26 @@ __device__ __forceinline__ u32 step_chunk(
     return nonfinite;
 }
 
+// Whether a tensor has a gradient, and nothing says that it is not to be used.
+__device__ __forceinline__ bool is_to_step(const Table* table, const Grad& grad, u64 tensor) {
+    if (grad.address == 0) return false;
+    return !grad.guarded || !table->hypers[table->tensors[tensor].hyper].is_off();
+}
+
 // Three thread blocks a multiprocessor: 80 registers, and none spilled.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 3) qadam_step(const Table* __restrict__ table) {
     __shared__ Tables tables;
-    __shared__ Vector<float> stages[WARPS][BLOCK / RUN];
+    __shared__ Desk desks[WARPS];
     tables.fill();
     int lane = threadIdx.x % 32;
     u64 warp = (u64)blockIdx.x * WARPS + threadIdx.x / 32;
     if (warp >= table->chunk_count) return;
     Chunk chunk = table->chunks[warp];
     Grad grad = table->grads[chunk.tensor];
-    if (grad.address != 0) {
+    if (is_to_step(table, grad, chunk.tensor)) {
         Tensor tensor = table->tensors[chunk.tensor];
         u32 nonfinite = step_chunk(
-            tensor, grad, chunk, table->hypers[tensor.hyper], lane, tables, stages[threadIdx.x / 32]
+            tensor, grad, chunk, table->hypers[tensor.hyper], lane, tables, &desks[threadIdx.x / 32]
         );
         if (nonfinite > 0 && lane == 0) atomicAdd_system(table->nonfinite, (u64)nonfinite);
     }
@@ -462,7 +604,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 3) qadam_step(const Tab
     }
     if (__shfl_sync(WARP, before, 0) + 1 < table->chunk_count) return;
     for (u64 i = lane; i < table->tensor_count; i += 32) {
-        if (table->grads[i].address == 0) continue;
+        if (!is_to_step(table, table->grads[i], i)) continue;
         float* step = (float*)table->tensors[i].step;
         *step = __fadd_rn(*step, 1.0f);
     }
@@ -474,29 +616,35 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 3) qadam_step(const Tab
 extern "C" __global__ void __launch_bounds__(WARPS * 32) qadam_count(
     const Table* __restrict__ table, u64* counts
 ) {
-    __shared__ Vector<float> stages[WARPS][BLOCK / RUN];
+    __shared__ Desk desks[WARPS];
     u64 warp = (u64)blockIdx.x * WARPS + threadIdx.x / 32;
     if (warp >= table->chunk_count) return;
     Chunk chunk = table->chunks[warp];
     Grad grad = table->grads[chunk.tensor];
-    if (grad.address == 0) return;
+    if (!is_to_step(table, grad, chunk.tensor)) return;
     Tensor tensor = table->tensors[chunk.tensor];
     const Hyper& hyper = table->hypers[tensor.hyper];
+    float by = factor(hyper);
     float l2 = hyper.decoupled ? 0.0f : __double2float_rn(hyper.weight_decay);
-    const Strides* s = global<const Strides>(grad.strides);
-    Path param = {tensor.param, grad.access, s, true};
-    Path gradient = {grad.address, grad.access, s, false};
+    Path param = {tensor.param, grad.access, true};
+    Path gradient = {grad.address, grad.access, false};
+    Desk* desk = &desks[threadIdx.x / 32];
+    if (threadIdx.x % 32 == 0) desk->strides = global<const Strides>(grad.strides);
+    __syncwarp();
     u64 nonfinite = 0;
 #pragma unroll 1
     for (u32 done = 0; done < chunk.len; done += BLOCK) {
         int len = (int)min(chunk.len - done, (u32)BLOCK), lane = threadIdx.x % 32;
-        Place place = {chunk.start + done, len, lane, stages[threadIdx.x / 32]};
+        Place place = {chunk.start + done, len, lane, desk};
         float g[LANE], p[LANE] = {};
         load(g, tensor.grad_dtype, gradient, place);
         if (l2 != 0.0f) load(p, tensor.param_dtype, param, place);
 #pragma unroll
         for (int i = 0; i < LANE; i++) {
-            nonfinite += !is_finite(l2 != 0.0f ? __fmaf_rn(l2, p[i], g[i]) : g[i]);
+            float scaled = __fmul_rn(g[i], by);
+            bool finite = is_finite(l2 != 0.0f ? __fmaf_rn(l2, p[i], scaled) : scaled);
+            bool is_there = place.vector(i / RUN) * RUN + i % RUN < len;
+            nonfinite += is_there && !finite;
         }
     }
     if (nonfinite > 0) atomicAdd_system(&counts[chunk.tensor], nonfinite);

@@ -7,8 +7,16 @@
 struct Hyper {
     double lr, beta1, beta2, eps, weight_decay;
     u64 lr_address; // of an f32 that replaces `lr`, or 0
+    u64 grad_scale; // of an f32 that gradients are divided by, or 0
+    u64 found_inf;  // of an f32 that is not 0 if the step is not to be taken, or 0
     u32 decoupled;
     u32 propagate;
+    u32 maximize;
+    u32 unused;
+
+    __device__ __forceinline__ bool is_off() const {
+        return found_inf != 0 && *(const float*)found_inf != 0.0f;
+    }
 };
 
 struct Coefficients {
@@ -25,6 +33,15 @@ __device__ __forceinline__ double power(double base, u64 exponent) {
         exponent >>= 1;
     }
     return result;
+}
+
+// What gradients are multiplied by: `Coefficients::with_grad_scale`.
+__device__ __forceinline__ float factor(const Hyper& h) {
+    float factor = 1.0f;
+    if (h.grad_scale != 0) {
+        factor = __double2float_rn(__ddiv_rn(1.0, (double)*(const float*)h.grad_scale));
+    }
+    return h.maximize ? -factor : factor;
 }
 
 __device__ __forceinline__ Coefficients coefficients(const Hyper& h, u64 t) {
@@ -54,25 +71,45 @@ __device__ __forceinline__ Element canonical(const Element& e) {
     return {canonical(e.p), canonical(e.m), canonical(e.v)};
 }
 
+// By a gradient that `factor` has been applied to.
 __device__ __forceinline__ float effective_gradient(float p, float g, const Coefficients& c) {
     return c.l2 == 0.0f ? g : __fmaf_rn(c.l2, p, g);
 }
 
 const float GRADIENT_LIMIT = 9223372036854775808.0f;
 
+// The moments after a step, by the effective gradient; NaNs are yet to be made canonical.
+__device__ __forceinline__ void average(float& m, float& v, float g, const Coefficients& c) {
+    m = __fmaf_rn(c.w1, g, __fmaf_rn(-c.w1, m, m));
+    v = __fmaf_rn(c.w2, __fmul_rn(g, g), __fmaf_rn(-c.w2, v, v));
+}
+
+// The parameter after a step, by the new first moment and the second moment that divides it.
+__device__ __forceinline__ float moved(float p, float m, float v, const Coefficients& c) {
+    p = c.shrink == 0.0f ? p : __fmaf_rn(-c.shrink, p, p);
+    return __fmaf_rn(-c.step, __fdiv_rn(m, __fadd_rn(__fsqrt_rn(v), c.eps)), p);
+}
+
+// `maximum` of rule.rs.
+__device__ __forceinline__ float maximum(float old, float now) {
+    return now > old || is_nan(now) ? now : old;
+}
+
+__device__ __forceinline__ float clamped(float g) {
+    return fminf(fmaxf(g, -GRADIENT_LIMIT), GRADIENT_LIMIT);
+}
+
 // What a step makes of an element, by its effective gradient; NaNs are yet to be made canonical.
 __device__ __forceinline__ Element advance(const Element& e, float g, const Coefficients& c) {
-    float m = __fmaf_rn(c.w1, g, __fmaf_rn(-c.w1, e.m, e.m));
-    float v = __fmaf_rn(c.w2, __fmul_rn(g, g), __fmaf_rn(-c.w2, e.v, e.v));
-    float p = c.shrink == 0.0f ? e.p : __fmaf_rn(-c.shrink, e.p, e.p);
-    p = __fmaf_rn(-c.step, __fdiv_rn(m, __fadd_rn(__fsqrt_rn(v), c.eps)), p);
-    return {p, m, v};
+    float m = e.m, v = e.v;
+    average(m, v, g, c);
+    return {moved(e.p, m, v, c), m, v};
 }
 
 // `update`, by the effective gradient. Returns whether it was finite.
 __device__ __forceinline__ bool update(Element& e, float g, const Coefficients& c) {
     bool finite = is_finite(g);
-    if (finite) g = fminf(fmaxf(g, -GRADIENT_LIMIT), GRADIENT_LIMIT);
+    if (finite) g = clamped(g);
     if (finite || c.propagate) e = canonical(advance(e, g, c));
     return finite;
 }

@@ -2,6 +2,7 @@
 //! given and says what would be accepted.
 
 use crate::dtype::DType;
+use crate::state::StateFormat;
 
 /// Everything that can go wrong, always reported before the first write.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -118,13 +119,13 @@ pub enum Error {
         /// What would be accepted, in words.
         accepted: &'static str,
     },
-    /// State of another width than the optimizer keeps.
+    /// State of another format than the optimizer keeps.
     #[error("the state is {got}, this optimizer keeps {expected}")]
     StateFormat {
         /// The format given.
-        got: &'static str,
+        got: StateFormat,
         /// The format kept.
-        expected: &'static str,
+        expected: StateFormat,
     },
     /// There is no CUDA device that this crate could use.
     #[error("CUDA is not available: {reason}")]

@@ -8,9 +8,9 @@ use crate::cpu::{self, Backend};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::Walk;
-use crate::rule::{Coefficients, Hyper, NonFinite};
-use crate::state::StateFormat;
-use crate::tensor::{Moments8, Moments32, RawState, TensorStep};
+use crate::rule::{self, Coefficients, Hyper, NonFinite};
+use crate::state::{StateCode, StateFormat};
+use crate::tensor::{Moments8, Moments32, RawCoded, RawState, TensorStep};
 
 /// A parameter's handle, given by [`Adam::add`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -120,26 +120,54 @@ pub struct Report {
     pub nonfinite: usize,
 }
 
+/// A buffer of a parameter's state.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Buffer<'a> {
+    /// Values, or scales.
+    F32(&'a [f32]),
+    /// Codes.
+    U8(&'a [u8]),
+}
+
+/// One moment in an 8-bit code.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Coded {
+    /// A code an element.
+    pub code: Vec<u8>,
+    /// One scale a block of 256 elements, finite and at least 0.
+    pub scale: Vec<f32>,
+}
+
+impl Coded {
+    fn zeros(sign: Sign, len: usize) -> Self {
+        Self { code: vec![zero_code(sign); len], scale: vec![0.0; len.div_ceil(BLOCK)] }
+    }
+
+    const fn raw(&mut self) -> RawCoded {
+        RawCoded { code: self.code.as_mut_ptr(), scale: self.scale.as_mut_ptr() }
+    }
+}
+
 /// The moments of one parameter, dense and in its memory order.
 #[derive(Debug, Clone, PartialEq)]
 pub enum State {
-    /// [`StateFormat::F32`].
+    /// [`StateCode::F32`].
     F32 {
         /// First moments (torch: `exp_avg`).
         exp_avg: Vec<f32>,
         /// Second moments (torch: `exp_avg_sq`), none negative.
         exp_avg_sq: Vec<f32>,
+        /// With `AMSGrad`, the largest second moments so far (torch: `max_exp_avg_sq`).
+        max_exp_avg_sq: Option<Vec<f32>>,
     },
-    /// [`StateFormat::Dynamic8`].
+    /// [`StateCode::Dynamic8`].
     Dynamic8 {
-        /// Codes of the first moments.
-        exp_avg_code: Vec<u8>,
-        /// One scale a block of 256 first moments.
-        exp_avg_scale: Vec<f32>,
-        /// Codes of the second moments.
-        exp_avg_sq_code: Vec<u8>,
-        /// One scale a block of 256 second moments.
-        exp_avg_sq_scale: Vec<f32>,
+        /// First moments.
+        exp_avg: Coded,
+        /// Second moments.
+        exp_avg_sq: Coded,
+        /// With `AMSGrad`, the largest second moments so far.
+        max_exp_avg_sq: Option<Coded>,
     },
 }
 
@@ -147,13 +175,16 @@ impl State {
     /// Zero moments for `len` elements.
     #[must_use]
     pub fn zeros(format: StateFormat, len: usize) -> Self {
-        match format {
-            StateFormat::F32 => Self::F32 { exp_avg: vec![0.0; len], exp_avg_sq: vec![0.0; len] },
-            StateFormat::Dynamic8 => Self::Dynamic8 {
-                exp_avg_code: vec![zero_code(Sign::Signed); len],
-                exp_avg_scale: vec![0.0; len.div_ceil(BLOCK)],
-                exp_avg_sq_code: vec![zero_code(Sign::Unsigned); len],
-                exp_avg_sq_scale: vec![0.0; len.div_ceil(BLOCK)],
+        match format.code {
+            StateCode::F32 => Self::F32 {
+                exp_avg: vec![0.0; len],
+                exp_avg_sq: vec![0.0; len],
+                max_exp_avg_sq: format.amsgrad.then(|| vec![0.0; len]),
+            },
+            StateCode::Dynamic8 => Self::Dynamic8 {
+                exp_avg: Coded::zeros(Sign::Signed, len),
+                exp_avg_sq: Coded::zeros(Sign::Unsigned, len),
+                max_exp_avg_sq: format.amsgrad.then(|| Coded::zeros(Sign::Unsigned, len)),
             },
         }
     }
@@ -162,8 +193,12 @@ impl State {
     #[must_use]
     pub const fn format(&self) -> StateFormat {
         match self {
-            Self::F32 { .. } => StateFormat::F32,
-            Self::Dynamic8 { .. } => StateFormat::Dynamic8,
+            Self::F32 { max_exp_avg_sq, .. } => {
+                StateFormat::F32.with_amsgrad(max_exp_avg_sq.is_some())
+            }
+            Self::Dynamic8 { max_exp_avg_sq, .. } => {
+                StateFormat::DYNAMIC8.with_amsgrad(max_exp_avg_sq.is_some())
+            }
         }
     }
 
@@ -173,52 +208,58 @@ impl State {
     /// # Errors
     /// [`Error::Length`] or [`Error::StateValue`], for the first buffer that could not.
     pub fn validate(&self, len: usize) -> Result<()> {
-        let length = |what: &'static str, got, expected| {
-            if got == expected {
-                return Ok(());
+        for (spec, buffer) in self.format().buffers(len).into_iter().zip(self.buffers()) {
+            let (what, expected) = (spec.name, spec.len);
+            let values = match buffer {
+                Buffer::F32(values) => values,
+                Buffer::U8(codes) if codes.len() == expected => continue, // any code will do
+                Buffer::U8(codes) => {
+                    let (what, got) = (what.to_owned(), codes.len());
+                    return Err(Error::Length { what, got, expected });
+                }
+            };
+            if values.len() != expected {
+                let (what, got) = (what.to_owned(), values.len());
+                return Err(Error::Length { what, got, expected });
             }
-            Err(Error::Length { what: what.to_owned(), got, expected })
-        };
-        let values = |what, values: &[f32], signed: bool| {
+            let signed = what == "exp_avg";
             let ok = |x: f32| x.is_finite() && (signed || x >= 0.0);
             let accepted = if signed { "a finite number" } else { "a finite number of at least 0" };
-            match values.iter().position(|&x| !ok(x)) {
-                None => Ok(()),
-                Some(index) => {
-                    Err(Error::StateValue { what, value: values[index], index, accepted })
-                }
+            if let Some(index) = values.iter().position(|&x| !ok(x)) {
+                let value = values[index];
+                return Err(Error::StateValue { what, value, index, accepted });
             }
-        };
+        }
+        Ok(())
+    }
+
+    /// The buffers, in [`StateFormat::buffers`]' order.
+    #[must_use]
+    pub fn buffers(&self) -> Vec<Buffer<'_>> {
         match self {
-            Self::F32 { exp_avg, exp_avg_sq } => {
-                length("exp_avg", exp_avg.len(), len)?;
-                length("exp_avg_sq", exp_avg_sq.len(), len)?;
-                values("exp_avg", exp_avg, true)?;
-                values("exp_avg_sq", exp_avg_sq, false)
+            Self::F32 { exp_avg, exp_avg_sq, max_exp_avg_sq } => {
+                let moments = [exp_avg, exp_avg_sq].into_iter().chain(max_exp_avg_sq);
+                moments.map(|moment| Buffer::F32(moment)).collect()
             }
-            Self::Dynamic8 { exp_avg_code, exp_avg_scale, exp_avg_sq_code, exp_avg_sq_scale } => {
-                let blocks = len.div_ceil(BLOCK);
-                length("exp_avg_code", exp_avg_code.len(), len)?;
-                length("exp_avg_scale", exp_avg_scale.len(), blocks)?;
-                length("exp_avg_sq_code", exp_avg_sq_code.len(), len)?;
-                length("exp_avg_sq_scale", exp_avg_sq_scale.len(), blocks)?;
-                values("exp_avg_scale", exp_avg_scale, false)?;
-                values("exp_avg_sq_scale", exp_avg_sq_scale, false)
+            Self::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq } => {
+                let moments = [exp_avg, exp_avg_sq].into_iter().chain(max_exp_avg_sq);
+                moments.flat_map(|m| [Buffer::U8(&m.code), Buffer::F32(&m.scale)]).collect()
             }
         }
     }
 
     fn raw(&mut self) -> RawState {
         match self {
-            Self::F32 { exp_avg, exp_avg_sq } => {
-                RawState::F32(Moments32 { m: exp_avg.as_mut_ptr(), v: exp_avg_sq.as_mut_ptr() })
-            }
-            Self::Dynamic8 { exp_avg_code, exp_avg_scale, exp_avg_sq_code, exp_avg_sq_scale } => {
+            Self::F32 { exp_avg, exp_avg_sq, max_exp_avg_sq } => RawState::F32(Moments32 {
+                m: exp_avg.as_mut_ptr(),
+                v: exp_avg_sq.as_mut_ptr(),
+                max_v: max_exp_avg_sq.as_mut().map(Vec::as_mut_ptr),
+            }),
+            Self::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq } => {
                 RawState::Dynamic8(Moments8 {
-                    m_code: exp_avg_code.as_mut_ptr(),
-                    m_scale: exp_avg_scale.as_mut_ptr(),
-                    v_code: exp_avg_sq_code.as_mut_ptr(),
-                    v_scale: exp_avg_sq_scale.as_mut_ptr(),
+                    m: exp_avg.raw(),
+                    v: exp_avg_sq.raw(),
+                    max_v: max_exp_avg_sq.as_mut().map(Coded::raw),
                 })
             }
         }
@@ -305,11 +346,23 @@ impl Adam {
     /// position in `updates`), [`Error::NonFiniteGradient`], [`Error::ThreadPool`]; all before
     /// anything is written.
     pub fn step(&mut self, updates: &mut [Update<'_>]) -> Result<Report> {
+        self.step_scaled(updates, 1.0)
+    }
+
+    /// The same with gradients of a loss that was multiplied by `grad_scale`, as for mixed precision:
+    /// each is multiplied by its inverse first. A step whose scale turned out too large is one that
+    /// is not taken.
+    ///
+    /// # Errors
+    /// As [`Adam::step`], and what [`rule::check_grad_scale`] returns.
+    pub fn step_scaled(&mut self, updates: &mut [Update<'_>], grad_scale: f32) -> Result<Report> {
+        rule::check_grad_scale(grad_scale)?;
         self.check(updates)?;
         let mut steps = Vec::with_capacity(updates.len());
         for update in updates.iter_mut() {
             let slot = &mut self.slots[update.id.0];
             let coefficients = Coefficients::new(&self.hyper, slot.step + 1);
+            let coefficients = coefficients.with_grad_scale(grad_scale);
             let param = (update.param.pointer(), update.param.dtype());
             let grad = (update.grad.pointer(), update.grad.dtype());
             let walk = Walk::flat(slot.len);
@@ -371,8 +424,7 @@ impl Adam {
     pub fn load_state(&mut self, id: ParamId, state: State, step: u64) -> Result<()> {
         let len = self.slot(id)?.len;
         if state.format() != self.format {
-            let (got, expected) = (state.format().name(), self.format.name());
-            return Err(Error::StateFormat { got, expected });
+            return Err(Error::StateFormat { got: state.format(), expected: self.format });
         }
         state.validate(len)?;
         self.slots[id.0] = Slot { len, step, state };
@@ -383,6 +435,11 @@ impl Adam {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn formats() -> impl Iterator<Item = StateFormat> {
+        let amsgrad = |format: StateFormat| [false, true].map(|on| format.with_amsgrad(on));
+        [StateFormat::F32, StateFormat::DYNAMIC8].into_iter().flat_map(amsgrad)
+    }
 
     fn adam(format: StateFormat) -> Adam {
         Adam::new(Hyper::adamw(), format).unwrap()
@@ -413,7 +470,7 @@ mod tests {
     #[test]
     fn raise_refuses_the_step_and_names_the_parameter() {
         let hyper = Hyper { nonfinite: NonFinite::Raise, ..Hyper::adam() };
-        let mut adam = Adam::new(hyper, StateFormat::Dynamic8).unwrap();
+        let mut adam = Adam::new(hyper, StateFormat::DYNAMIC8).unwrap();
         let (a, b) = (adam.add(300), adam.add(300));
         let (mut p, mut q) = (vec![1.0_f32; 300], vec![1.0_f32; 300]);
         let mut bad = vec![0.5_f32; 300];
@@ -432,7 +489,7 @@ mod tests {
 
     #[test]
     fn saved_state_resumes_bit_for_bit() {
-        for format in [StateFormat::F32, StateFormat::Dynamic8] {
+        for format in formats() {
             let mut first = adam(format);
             let id = first.add(1000);
             let grad = |t: usize| -> Vec<f32> {
@@ -459,13 +516,80 @@ mod tests {
     fn impossible_state_is_refused() {
         let mut adam = adam(StateFormat::F32);
         let id = adam.add(2);
-        let state =
-            |m: f32, v: f32, len| State::F32 { exp_avg: vec![m; len], exp_avg_sq: vec![v; len] };
+        let state = |m: f32, v: f32, len| State::F32 {
+            exp_avg: vec![m; len],
+            exp_avg_sq: vec![v; len],
+            max_exp_avg_sq: None,
+        };
         let mut text = |state| adam.load_state(id, state, 1).unwrap_err().to_string();
         assert!(text(state(0.0, 0.0, 3)).contains("exp_avg has 3 elements"));
         assert!(text(state(f32::NAN, 0.0, 2)).contains("exp_avg holds NaN at element 0"));
         assert!(text(state(0.0, -1.0, 2)).contains("exp_avg_sq holds -1"));
-        let other = State::zeros(StateFormat::Dynamic8, 2);
+        let other = State::zeros(StateFormat::DYNAMIC8, 2);
         assert!(text(other).contains("8-bit (dynamic), this optimizer keeps 32-bit"));
+        let other = State::zeros(StateFormat::F32.with_amsgrad(true), 2);
+        assert!(text(other).ends_with("32-bit with AMSGrad, this optimizer keeps 32-bit"));
+    }
+
+    #[test]
+    fn impossible_third_moments_are_refused() {
+        for format in formats().filter(|format| format.amsgrad) {
+            let mut adam = adam(format);
+            let id = adam.add(300);
+            let mut text = |state| adam.load_state(id, state, 1).unwrap_err().to_string();
+            let mut state = State::zeros(format, 300);
+            match &mut state {
+                State::F32 { max_exp_avg_sq, .. } => max_exp_avg_sq.as_mut().unwrap()[7] = -1.0,
+                State::Dynamic8 { max_exp_avg_sq, .. } => {
+                    max_exp_avg_sq.as_mut().unwrap().scale[1] = f32::INFINITY;
+                }
+            }
+            let found = text(state.clone());
+            assert!(found.starts_with("max_exp_avg_sq"), "{found}");
+            match &mut state {
+                State::F32 { max_exp_avg_sq, .. } => *max_exp_avg_sq = Some(vec![0.0; 299]),
+                State::Dynamic8 { max_exp_avg_sq, .. } => {
+                    max_exp_avg_sq.as_mut().unwrap().code.pop();
+                }
+            }
+            let found = text(state);
+            assert!(found.contains("has 299 elements, the parameter needs 300"), "{found}");
+        }
+    }
+
+    #[test]
+    fn buffers_are_those_of_the_format() {
+        for format in formats() {
+            let state = State::zeros(format, 300);
+            assert_eq!(state.format(), format);
+            let buffers = state.buffers();
+            let lengths = buffers.iter().map(|buffer| match buffer {
+                Buffer::F32(values) => (crate::StateType::F32, values.len()),
+                Buffer::U8(codes) => (crate::StateType::U8, codes.len()),
+            });
+            let specs = format.buffers(300);
+            assert!(lengths.eq(specs.iter().map(|spec| (spec.dtype, spec.len))));
+        }
+    }
+
+    #[test]
+    fn a_scaled_step_is_a_step_with_gradients_divided() {
+        for format in formats() {
+            let (mut plain, mut scaled) = (adam(format), adam(format));
+            let (a, b) = (plain.add(300), scaled.add(300));
+            let (mut p, mut q) = (vec![1.0_f32; 300], vec![1.0_f32; 300]);
+            for scale in [65_536.0, 0.25, 1.0_f32] {
+                let small: Vec<f32> = (0..300).map(|i| i as f32 / 7.0 - 20.0).collect();
+                let large: Vec<f32> = small.iter().map(|g| g * scale).collect();
+                plain.step(&mut [Update::new(a, &mut p[..], &small[..])]).unwrap();
+                let update = Update::new(b, &mut q[..], &large[..]);
+                scaled.step_scaled(&mut [update], scale).unwrap();
+            }
+            assert_eq!((&p, plain.state(a).unwrap()), (&q, scaled.state(b).unwrap()));
+            let update = Update::new(b, &mut q[..], &p[..]);
+            let error = scaled.step_scaled(&mut [update], 0.0).unwrap_err();
+            assert!(matches!(error, Error::Hyperparameter { name: "grad_scale", .. }));
+            assert_eq!(scaled.state(b).unwrap().1, 3);
+        }
     }
 }

@@ -4,12 +4,17 @@
 //! Optimization*, 2015; `torch.optim.Adam`):
 //!
 //! ```text
-//! g' = g + weight_decay * p                      (Adam: coupled decay)
+//! g' = factor * g + weight_decay * p             (Adam: coupled decay)
 //! p' = p - lr * weight_decay * p                 (AdamW: decoupled decay)
 //! m  = beta1 * m + (1 - beta1) * g'
 //! v  = beta2 * v + (1 - beta2) * g'^2
-//! p  = p' - lr / c1 * m / (sqrt(v) / sqrt(c2) + eps)
+//! d  = v, or the largest v so far                (AMSGrad)
+//! p  = p' - lr / c1 * m / (sqrt(d) / sqrt(c2) + eps)
 //! ```
+//!
+//! `factor` is -1 to maximize, else 1, divided by the scale of the loss (mixed precision). AMSGrad is
+//! that of Reddi, Kale and Kumar, *On the Convergence of Adam and Beyond*, 2018, as `torch.optim` has
+//! it: the maximum is over second moments that are not corrected for their bias.
 //!
 //! Everything that does not depend on the element is computed once a step in f64 and rounded once
 //! ([`Coefficients`]). Three rewritings keep the f32 arithmetic close to the real-number equation:
@@ -60,6 +65,8 @@ pub struct Hyper {
     pub decay: Decay,
     /// What happens to non-finite gradients.
     pub nonfinite: NonFinite,
+    /// Whether to go up the gradient rather than down.
+    pub maximize: bool,
 }
 
 impl Hyper {
@@ -74,6 +81,7 @@ impl Hyper {
             weight_decay: 0.0,
             decay: Decay::Coupled,
             nonfinite: NonFinite::Skip,
+            maximize: false,
         }
     }
 
@@ -121,12 +129,14 @@ pub struct Coefficients {
     pub l2: f32,
     /// `lr * weight_decay` where the decay is decoupled, else 0.
     pub shrink: f32,
+    /// What each gradient is multiplied by before anything else; non-finite is what then is.
+    pub factor: f32,
     /// Whether non-finite gradients pass through.
     pub propagate: bool,
 }
 
 impl Coefficients {
-    /// The coefficients of step `t`, counted from 1.
+    /// The coefficients of step `t`, counted from 1, for gradients as they are.
     #[must_use]
     pub fn new(hyper: &Hyper, t: u64) -> Self {
         let _ieee = Ieee::enter(); // a subnormal coefficient stays one
@@ -143,9 +153,39 @@ impl Coefficients {
             eps: (hyper.eps * root_c2) as f32,
             l2: l2 as f32,
             shrink: shrink as f32,
+            factor: if hyper.maximize { -1.0 } else { 1.0 },
             propagate: hyper.nonfinite == NonFinite::Propagate,
         }
     }
+
+    /// The same for gradients of a loss that was multiplied by `scale`, as for mixed precision.
+    ///
+    /// They are multiplied by `1 / scale`, computed in f64 and rounded once, as
+    /// `torch.amp.GradScaler` does; for a power of two that is exact. A scale that
+    /// [`check_grad_scale`] refuses can make every gradient non-finite.
+    #[must_use]
+    pub fn with_grad_scale(self, scale: f32) -> Self {
+        let _ieee = Ieee::enter(); // a subnormal factor stays one
+        Self { factor: self.factor * inverse(scale), ..self }
+    }
+}
+
+fn inverse(scale: f32) -> f32 {
+    (1.0 / f64::from(scale)) as f32
+}
+
+/// Checks a scale that gradients are to be divided by.
+///
+/// # Errors
+/// [`Error::Hyperparameter`] unless it and its inverse are finite and positive.
+pub fn check_grad_scale(scale: f32) -> Result<()> {
+    let _ieee = Ieee::enter();
+    let inverse = inverse(scale);
+    if scale.is_finite() && inverse.is_finite() && inverse > 0.0 {
+        return Ok(());
+    }
+    let accepted = "a finite number greater than 0, and so its inverse";
+    Err(Error::Hyperparameter { name: "grad_scale", value: scale.into(), accepted })
 }
 
 /// `base^exponent` by square-and-multiply: host libraries round `pow` differently, this does not.
@@ -175,11 +215,14 @@ pub struct Element {
     pub m: f32,
     /// Second moment (`exp_avg_sq`).
     pub v: f32,
+    /// Largest second moment so far (`max_exp_avg_sq`), which then divides in place of `v`.
+    pub max_v: Option<f32>,
 }
 
-/// The gradient that enters the moments: `g`, plus the coupled decay.
+/// The gradient that enters the moments: `g` times the factor, plus the coupled decay.
 #[must_use]
 pub fn effective_gradient(p: f32, g: f32, c: &Coefficients) -> f32 {
+    let g = g * c.factor;
     if c.l2 == 0.0 { g } else { c.l2.mul_add(p, g) }
 }
 
@@ -196,8 +239,15 @@ pub fn update(e: Element, g: f32, c: &Coefficients) -> (Element, bool) {
     let m = c.w1.mul_add(g, (-c.w1).mul_add(e.m, e.m));
     let v = c.w2.mul_add(g * g, (-c.w2).mul_add(e.v, e.v));
     let p = if c.shrink == 0.0 { e.p } else { (-c.shrink).mul_add(e.p, e.p) };
-    let p = (-c.step).mul_add(m / (v.sqrt() + c.eps), p);
-    (Element { p: canonical(p), m: canonical(m), v: canonical(v) }, finite)
+    let max_v = e.max_v.map(|old| maximum(old, v));
+    let p = (-c.step).mul_add(m / (max_v.unwrap_or(v).sqrt() + c.eps), p);
+    let max_v = max_v.map(canonical);
+    (Element { p: canonical(p), m: canonical(m), v: canonical(v), max_v }, finite)
+}
+
+/// The larger number; NaN if either is (`torch.maximum`).
+fn maximum(old: f32, new: f32) -> f32 {
+    if new > old || new.is_nan() { new } else { old }
 }
 
 /// Any NaN becomes the one quiet NaN 0x7FC00000: which payload an operation returns differs between
@@ -211,13 +261,17 @@ pub fn canonical(x: f32) -> f32 {
 mod tests {
     use super::*;
 
+    const fn element(p: f32, m: f32, v: f32) -> Element {
+        Element { p, m, v, max_v: None }
+    }
+
     fn step(e: Element, g: f32, hyper: &Hyper, t: u64) -> Element {
         update(e, g, &Coefficients::new(hyper, t)).0
     }
 
     #[test]
     fn first_step_moves_by_lr_against_the_sign_of_the_gradient() {
-        let e = Element { p: 1.0, m: 0.0, v: 0.0 };
+        let e = element(1.0, 0.0, 0.0);
         for g in [1e-3_f32, -1e-3, 7.0, -1e8] {
             let p = step(e, g, &Hyper::adam(), 1).p;
             let want = 1.0 - 1e-3 * f64::from(g) / (f64::from(g).abs() + 1e-8);
@@ -227,9 +281,9 @@ mod tests {
 
     #[test]
     fn adamw_decays_before_the_update_and_adam_through_the_gradient() {
-        let e = Element { p: 2.0, m: 0.0, v: 0.0 };
+        let e = element(2.0, 0.0, 0.0);
         let adamw = Hyper { lr: 0.1, weight_decay: 0.5, ..Hyper::adamw() };
-        assert_eq!(step(e, 0.0, &adamw, 1), Element { p: 1.9, m: 0.0, v: 0.0 });
+        assert_eq!(step(e, 0.0, &adamw, 1), element(1.9, 0.0, 0.0));
         let adam = Hyper { lr: 0.1, weight_decay: 0.5, ..Hyper::adam() };
         let coupled = step(e, 0.0, &adam, 1);
         assert_eq!((coupled.m, coupled.p), (0.1, 1.9));
@@ -237,7 +291,7 @@ mod tests {
 
     #[test]
     fn nonfinite_gradients_leave_the_element_or_make_it_nan() {
-        let e = Element { p: 1.0, m: 0.5, v: 0.25 };
+        let e = element(1.0, 0.5, 0.25);
         for g in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let skip = Coefficients::new(&Hyper::adam(), 3);
             assert_eq!(update(e, g, &skip), (e, false));
@@ -250,7 +304,7 @@ mod tests {
     #[test]
     fn largest_finite_gradients_keep_the_moments_finite_and_recover() {
         let c = Coefficients::new(&Hyper::adam(), 1);
-        let (mut e, _) = update(Element { p: 0.0, m: 0.0, v: 0.0 }, f32::MAX, &c);
+        let (mut e, _) = update(element(0.0, 0.0, 0.0), f32::MAX, &c);
         assert!(e.m.is_finite() && e.v.is_finite());
         for _ in 0..10 {
             e = update(e, -f32::MAX, &c).0;
@@ -261,7 +315,7 @@ mod tests {
     #[test]
     fn the_average_is_exact_at_both_ends_of_beta() {
         let rms = Hyper { beta1: 0.0, beta2: 0.0, ..Hyper::adam() };
-        let out = step(Element { p: 0.0, m: 1.0, v: 1.0 }, 1e-6, &rms, 5);
+        let out = step(element(0.0, 1.0, 1.0), 1e-6, &rms, 5);
         assert_eq!((out.m, out.v), (1e-6, 1e-6 * 1e-6));
     }
 
@@ -281,5 +335,106 @@ mod tests {
         assert!(Hyper { lr: f64::NAN, ..Hyper::adam() }.validate().is_err());
         assert!(Hyper { eps: -1.0, ..Hyper::adam() }.validate().is_err());
         assert!(Hyper::adamw().validate().is_ok());
+    }
+
+    #[test]
+    fn amsgrad_divides_by_the_largest_second_moment() {
+        let c = Coefficients::new(&Hyper { eps: 0.0, ..Hyper::adam() }, 1);
+        let (low, high) = (Some(1e-9), Some(4.0));
+        let e = Element { max_v: low, ..element(1.0, 0.5, 0.25) };
+        let plain = update(element(1.0, 0.5, 0.25), 0.5, &c).0;
+        let exceeded = update(e, 0.5, &c).0;
+        assert_eq!((exceeded.p, exceeded.max_v), (plain.p, Some(plain.v)));
+        let kept = update(Element { max_v: high, ..e }, 0.5, &c).0;
+        assert_eq!((kept.m, kept.v, kept.max_v), (plain.m, plain.v, high));
+        assert_eq!(kept.p, (-c.step).mul_add(kept.m / 2.0, 1.0));
+        assert_eq!(update(e, f32::NAN, &c), (e, false));
+    }
+
+    /// `torch.optim.Adam`'s equation with `amsgrad`, in f64.
+    #[test]
+    fn amsgrad_follows_torch_over_many_steps() {
+        for hyper in [Hyper::adamw(), Hyper { weight_decay: 0.1, maximize: true, ..Hyper::adam() }]
+        {
+            for seed in 0..20_u32 {
+                let mut e = Element { max_v: Some(0.0), ..element(0.5, 0.0, 0.0) };
+                let (mut p, mut m, mut v, mut max_v) = (0.5_f64, 0.0, 0.0, 0.0_f64);
+                let mut steps_that_remember = 0;
+                for t in 1..=500_u32 {
+                    // large gradients now and then, which the maximum remembers
+                    let random = t.wrapping_mul(2_654_435_761).wrapping_add(seed * 40_503) >> 8;
+                    let g = (random % 2001) as f32 / 1000.0 - 1.0;
+                    let g = if random.is_multiple_of(50) { g * 30.0 } else { g * 0.1 };
+                    e = step(e, g, &hyper, t.into());
+
+                    let mut g = f64::from(if hyper.maximize { -g } else { g });
+                    match hyper.decay {
+                        Decay::Coupled => g += hyper.weight_decay * p,
+                        Decay::Decoupled => p *= 1.0 - hyper.lr * hyper.weight_decay,
+                    }
+                    m = hyper.beta1 * m + (1.0 - hyper.beta1) * g;
+                    v = hyper.beta2 * v + (1.0 - hyper.beta2) * g * g;
+                    max_v = max_v.max(v);
+                    steps_that_remember += u32::from(max_v > 1.1 * v);
+                    let c1 = 1.0 - hyper.beta1.powf(t.into());
+                    let c2 = 1.0 - hyper.beta2.powf(t.into());
+                    p -= hyper.lr / c1 * m / (max_v.sqrt() / c2.sqrt() + hyper.eps);
+                }
+                let got = e.max_v.map(f64::from).unwrap();
+                assert!((got / max_v - 1.0).abs() < 1e-5, "seed {seed}: {got} {max_v}");
+                assert!((f64::from(e.p) - p).abs() < 1e-5, "seed {seed}: {} {p}", e.p);
+                assert!(steps_that_remember > 50, "seed {seed}: {steps_that_remember}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_maximum_is_nan_if_either_number_is() {
+        assert_eq!((maximum(1.0, 2.0), maximum(2.0, 1.0)), (2.0, 2.0));
+        assert_eq!(maximum(1.0, f32::INFINITY), f32::INFINITY);
+        assert!(maximum(f32::NAN, 1.0).is_nan() && maximum(1.0, f32::NAN).is_nan());
+        assert_eq!(maximum(0.0, -0.0).to_bits(), 0);
+    }
+
+    #[test]
+    fn maximizing_negates_the_gradient_before_coupled_decay() {
+        let down = Hyper { weight_decay: 0.1, ..Hyper::adam() };
+        let up = Hyper { maximize: true, ..down };
+        let e = element(2.0, 0.5, 0.25);
+        for g in [0.3_f32, -0.0, 0.0, 1e-45, f32::MAX, f32::INFINITY] {
+            assert_eq!(step(e, g, &up, 3), step(e, -g, &down, 3), "{g}");
+        }
+        assert_ne!(step(e, 0.3, &up, 3), step(e, 0.3, &down, 3));
+    }
+
+    #[test]
+    fn gradients_are_divided_by_their_scale_before_anything_else() {
+        let hyper = Hyper { weight_decay: 0.1, ..Hyper::adam() };
+        let e = element(2.0, 0.5, 0.25);
+        let plain = Coefficients::new(&hyper, 3);
+        for scale in [65_536.0_f32, 0.5, 1.0, f32::MIN_POSITIVE] {
+            let c = plain.with_grad_scale(scale);
+            assert_eq!(update(e, 0.375 * scale, &c), update(e, 0.375, &plain), "{scale}");
+        }
+        // What overflows was too large, and what the division makes finite is not.
+        let small = plain.with_grad_scale(0.5);
+        assert_eq!(update(e, f32::MAX, &small), (e, false));
+        assert!(update(e, f32::MAX, &plain.with_grad_scale(2.0)).1);
+        // Rounded once, from f64; and the sign stays.
+        assert_eq!(plain.with_grad_scale(3.0).factor, (1.0_f64 / 3.0) as f32);
+        let up = Coefficients::new(&Hyper { maximize: true, ..hyper }, 3);
+        assert_eq!(up.with_grad_scale(4.0).factor, -0.25);
+        assert_eq!(plain.with_grad_scale(f32::MAX).factor, f32::from_bits(0x0020_0000));
+    }
+
+    #[test]
+    fn a_scale_that_cannot_be_undone_is_refused() {
+        for scale in [0.0, -1.0, f32::NAN, f32::INFINITY, f32::from_bits(1)] {
+            let text = check_grad_scale(scale).unwrap_err().to_string();
+            assert!(text.starts_with("grad_scale must be a finite number greater"), "{text}");
+        }
+        for scale in [1.0, f32::MAX, 3e-39] {
+            assert_eq!(check_grad_scale(scale), Ok(()));
+        }
     }
 }

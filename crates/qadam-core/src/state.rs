@@ -3,16 +3,26 @@
 //! The names at 32 bits are those of `torch.optim`, which can load such state as it is. The names
 //! at 8 bits are unlike any other optimizer's, so that nobody takes a code for a value.
 
+use std::fmt;
+
 use crate::codec::BLOCK;
 
-/// How the moments of a parameter are stored.
+/// How a moment is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum StateFormat {
-    /// Two f32 an element: 8 bytes.
+pub enum StateCode {
+    /// An f32 an element.
     F32,
-    /// Two 8-bit codes of bitsandbytes' dynamic map an element and two f32 scales a block: 2.03
-    /// bytes.
+    /// An 8-bit code of bitsandbytes' dynamic map an element, and an f32 scale a block.
     Dynamic8,
+}
+
+/// How the state of a parameter is stored, and what belongs to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct StateFormat {
+    /// How each moment is stored.
+    pub code: StateCode,
+    /// Whether there is a third moment: the largest second moment so far, by which `AMSGrad` divides.
+    pub amsgrad: bool,
 }
 
 /// Element type of a state buffer.
@@ -47,16 +57,18 @@ pub struct BufferSpec {
 }
 
 impl StateFormat {
-    /// The format's name in messages.
+    /// Two f32 an element: 8 bytes.
+    pub const F32: Self = Self { code: StateCode::F32, amsgrad: false };
+    /// Two 8-bit codes an element and two f32 scales a block: 2.03 bytes an element.
+    pub const DYNAMIC8: Self = Self { code: StateCode::Dynamic8, amsgrad: false };
+
+    /// The same with or without the third moment: half as many bytes more.
     #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "32-bit",
-            Self::Dynamic8 => "8-bit (dynamic)",
-        }
+    pub const fn with_amsgrad(self, amsgrad: bool) -> Self {
+        Self { amsgrad, ..self }
     }
 
-    /// The buffers of a parameter of `len` elements.
+    /// The buffers of a parameter of `len` elements, moment by moment; the third moment's come last.
     #[must_use]
     pub fn buffers(self, len: usize) -> Vec<BufferSpec> {
         let values = |name| BufferSpec { name, dtype: StateType::F32, per: Per::Element, len };
@@ -64,15 +76,33 @@ impl StateFormat {
         let blocks = len.div_ceil(BLOCK);
         let scales =
             |name| BufferSpec { name, dtype: StateType::F32, per: Per::Block, len: blocks };
-        match self {
-            Self::F32 => vec![values("exp_avg"), values("exp_avg_sq")],
-            Self::Dynamic8 => vec![
+        let mut buffers = match self.code {
+            StateCode::F32 => {
+                vec![values("exp_avg"), values("exp_avg_sq"), values("max_exp_avg_sq")]
+            }
+            StateCode::Dynamic8 => vec![
                 codes("exp_avg_code"),
                 scales("exp_avg_scale"),
                 codes("exp_avg_sq_code"),
                 scales("exp_avg_sq_scale"),
+                codes("max_exp_avg_sq_code"),
+                scales("max_exp_avg_sq_scale"),
             ],
+        };
+        if !self.amsgrad {
+            buffers.truncate(buffers.len() / 3 * 2);
         }
+        buffers
+    }
+}
+
+impl fmt::Display for StateFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.code {
+            StateCode::F32 => "32-bit",
+            StateCode::Dynamic8 => "8-bit (dynamic)",
+        })?;
+        f.write_str(if self.amsgrad { " with AMSGrad" } else { "" })
     }
 }
 
@@ -88,8 +118,31 @@ mod tests {
     #[test]
     fn bytes_an_element() {
         assert_eq!(bytes(StateFormat::F32, 1_000), 8_000);
-        assert_eq!(bytes(StateFormat::Dynamic8, 256_000), 256_000 * 2 + 8_000);
-        assert_eq!(bytes(StateFormat::Dynamic8, 257), 257 * 2 + 16);
-        assert_eq!(bytes(StateFormat::Dynamic8, 0), 0);
+        assert_eq!(bytes(StateFormat::F32.with_amsgrad(true), 1_000), 12_000);
+        for (amsgrad, moments) in [(false, 2), (true, 3)] {
+            let format = StateFormat::DYNAMIC8.with_amsgrad(amsgrad);
+            assert_eq!(bytes(format, 256_000), (256_000 + 4_000) * moments);
+            assert_eq!(bytes(format, 257), (257 + 8) * moments);
+            assert_eq!(bytes(format, 0), 0);
+        }
+    }
+
+    #[test]
+    fn the_third_moment_comes_last() {
+        for format in [StateFormat::F32, StateFormat::DYNAMIC8] {
+            let (two, three) = (format.buffers(300), format.with_amsgrad(true).buffers(300));
+            let third = three.strip_prefix(&two[..]).unwrap();
+            assert!(third.iter().all(|buffer| buffer.name.starts_with("max_exp_avg_sq")));
+            let second = two[two.len() / 2..].iter();
+            let second: Vec<_> = second.map(|b| (b.dtype, b.per, b.len)).collect();
+            assert_eq!(third.iter().map(|b| (b.dtype, b.per, b.len)).collect::<Vec<_>>(), second);
+        }
+    }
+
+    #[test]
+    fn messages_name_what_differs() {
+        let text = StateFormat::DYNAMIC8.with_amsgrad(true).to_string();
+        assert_eq!(text, "8-bit (dynamic) with AMSGrad");
+        assert_eq!(StateFormat::F32.to_string(), "32-bit");
     }
 }

@@ -7,7 +7,7 @@ use crate::codec::BLOCK;
 use crate::dtype::DType;
 use crate::layout::Walk;
 use crate::rule::Coefficients;
-use crate::state::StateFormat;
+use crate::state::{StateCode, StateFormat};
 
 /// Pointers to 32-bit moments, dense in the parameter's memory order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,29 +16,53 @@ pub struct Moments32 {
     pub m: *mut f32,
     /// Second moments, one f32 an element.
     pub v: *mut f32,
+    /// Largest second moments so far, one f32 an element, by which the update divides (`AMSGrad`).
+    pub max_v: Option<*mut f32>,
 }
 
-/// Pointers to 8-bit moments, dense in the parameter's memory order.
+/// Pointers to one moment in an 8-bit code, dense in the parameter's memory order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RawCoded {
+    /// RawCoded, one byte an element.
+    pub code: *mut u8,
+    /// Scales, one f32 a block.
+    pub scale: *mut f32,
+}
+
+/// Pointers to 8-bit moments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Moments8 {
-    /// Codes of the first moments, one byte an element.
-    pub m_code: *mut u8,
-    /// Scales of the first moments, one f32 a block.
-    pub m_scale: *mut f32,
-    /// Codes of the second moments, one byte an element.
-    pub v_code: *mut u8,
-    /// Scales of the second moments, one f32 a block.
-    pub v_scale: *mut f32,
+    /// First moments.
+    pub m: RawCoded,
+    /// Second moments.
+    pub v: RawCoded,
+    /// Largest second moments so far, by which the update divides (`AMSGrad`).
+    pub max_v: Option<RawCoded>,
 }
 
 impl Moments32 {
     /// The moments from element `start` on.
     ///
     /// # Safety
-    /// `start` is at most the length of both buffers.
+    /// `start` is at most the length of the buffers.
     pub(crate) unsafe fn skip(self, start: usize) -> Self {
-        // SAFETY: `start` is within both buffers, by this function's contract.
-        unsafe { Self { m: self.m.add(start), v: self.v.add(start) } }
+        // SAFETY: `start` is within all buffers, by this function's contract.
+        unsafe {
+            let max_v = self.max_v.map(|max_v| max_v.add(start));
+            Self { m: self.m.add(start), v: self.v.add(start), max_v }
+        }
+    }
+}
+
+impl RawCoded {
+    /// The moment from element `start` on, which begins a block.
+    ///
+    /// # Safety
+    /// `start` is a multiple of [`BLOCK`] and at most the number of codes.
+    pub(crate) unsafe fn skip(self, start: usize) -> Self {
+        debug_assert_eq!(start % BLOCK, 0);
+        // SAFETY: element `start` and its block are within the buffers, by contract.
+        unsafe { Self { code: self.code.add(start), scale: self.scale.add(start / BLOCK) } }
     }
 }
 
@@ -48,16 +72,10 @@ impl Moments8 {
     /// # Safety
     /// `start` is a multiple of [`BLOCK`] and at most the length of the code buffers.
     pub(crate) unsafe fn skip(self, start: usize) -> Self {
-        debug_assert_eq!(start % BLOCK, 0);
-        let block = start / BLOCK;
-        // SAFETY: element `start` and block `start / BLOCK` are within the buffers, by contract.
+        // SAFETY: this function's contract.
         unsafe {
-            Self {
-                m_code: self.m_code.add(start),
-                m_scale: self.m_scale.add(block),
-                v_code: self.v_code.add(start),
-                v_scale: self.v_scale.add(block),
-            }
+            let max_v = self.max_v.map(|max_v| max_v.skip(start));
+            Self { m: self.m.skip(start), v: self.v.skip(start), max_v }
         }
     }
 }
@@ -65,24 +83,46 @@ impl Moments8 {
 /// Pointers to a parameter's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RawState {
-    /// [`StateFormat::F32`].
+    /// [`StateCode::F32`].
     F32(Moments32),
-    /// [`StateFormat::Dynamic8`].
+    /// [`StateCode::Dynamic8`].
     Dynamic8(Moments8),
 }
 
 impl RawState {
+    /// The state of this format whose buffers are `pointers`, in [`StateFormat::buffers`]' order;
+    /// `None` unless there are as many as that says.
+    pub fn from_buffers(
+        format: StateFormat,
+        pointers: impl IntoIterator<Item = *mut u8>,
+    ) -> Option<Self> {
+        let mut rest = pointers.into_iter();
+        let state = match format.code {
+            StateCode::F32 => {
+                let mut next = || Some(rest.next()?.cast());
+                let (m, v) = (next()?, next()?);
+                let max_v = if format.amsgrad { Some(next()?) } else { None };
+                Self::F32(Moments32 { m, v, max_v })
+            }
+            StateCode::Dynamic8 => {
+                let mut next = || Some(RawCoded { code: rest.next()?, scale: rest.next()?.cast() });
+                let (m, v) = (next()?, next()?);
+                let max_v = if format.amsgrad { Some(next()?) } else { None };
+                Self::Dynamic8(Moments8 { m, v, max_v })
+            }
+        };
+        rest.next().is_none().then_some(state)
+    }
+
     /// The format that these pointers belong to.
     #[must_use]
     pub const fn format(self) -> StateFormat {
         match self {
-            Self::F32(_) => StateFormat::F32,
-            Self::Dynamic8(_) => StateFormat::Dynamic8,
+            Self::F32(moments) => StateFormat::F32.with_amsgrad(moments.max_v.is_some()),
+            Self::Dynamic8(moments) => StateFormat::DYNAMIC8.with_amsgrad(moments.max_v.is_some()),
         }
     }
-}
 
-impl RawState {
     /// The addresses of what elements `start..start + len` have in each buffer; `start` begins a
     /// block.
     pub(crate) fn addresses(self, start: usize, len: usize) -> Vec<Range<usize>> {
@@ -92,15 +132,16 @@ impl RawState {
         };
         let elements = start..start + len;
         match self {
-            Self::F32(Moments32 { m, v }) => {
-                vec![part(m.addr(), &elements, 4), part(v.addr(), &elements, 4)]
+            Self::F32(Moments32 { m, v, max_v }) => {
+                let values = [m, v].into_iter().chain(max_v);
+                values.map(|moment| part(moment.addr(), &elements, 4)).collect()
             }
-            Self::Dynamic8(Moments8 { m_code, m_scale, v_code, v_scale }) => vec![
-                part(m_code.addr(), &elements, 1),
-                part(m_scale.addr(), &blocks, 4),
-                part(v_code.addr(), &elements, 1),
-                part(v_scale.addr(), &blocks, 4),
-            ],
+            Self::Dynamic8(Moments8 { m, v, max_v }) => {
+                let of_moment = |RawCoded { code, scale }: RawCoded| {
+                    [part(code.addr(), &elements, 1), part(scale.addr(), &blocks, 4)]
+                };
+                [m, v].into_iter().chain(max_v).flat_map(of_moment).collect()
+            }
         }
     }
 }
@@ -157,3 +198,54 @@ impl TensorStep {
 unsafe impl Send for TensorStep {}
 // SAFETY: as above; a shared `TensorStep` only lends its pointers to disjoint ranges.
 unsafe impl Sync for TensorStep {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FORMATS: [StateFormat; 2] = [StateFormat::F32, StateFormat::DYNAMIC8];
+
+    #[test]
+    fn addresses_are_those_of_the_buffers_in_order() {
+        for format in FORMATS.into_iter().flat_map(|f| [f, f.with_amsgrad(true)]) {
+            let specs = format.buffers(512 + 77);
+            let mut memory: Vec<_> = specs.iter().map(|spec| vec![0_u32; spec.len]).collect();
+            let pointers: Vec<*mut u8> = memory.iter_mut().map(|m| m.as_mut_ptr().cast()).collect();
+            let state = RawState::from_buffers(format, pointers.iter().copied()).unwrap();
+            assert_eq!(state.format(), format);
+            let want = |start: usize, len: usize| -> Vec<Range<usize>> {
+                let of_buffer = |(base, spec): (usize, &crate::BufferSpec)| {
+                    let size = if spec.dtype == crate::StateType::F32 { 4 } else { 1 };
+                    let each = if spec.per == crate::Per::Block { BLOCK } else { 1 };
+                    base + start / each * size..base + (start + len).div_ceil(each) * size
+                };
+                pointers.iter().map(|p| p.addr()).zip(&specs).map(of_buffer).collect()
+            };
+            assert_eq!(state.addresses(0, 589), want(0, 589));
+            assert_eq!(state.addresses(256, 300), want(256, 300));
+            // SAFETY: 256 elements are within the buffers.
+            let skipped = unsafe {
+                match state {
+                    RawState::F32(moments) => RawState::F32(moments.skip(256)),
+                    RawState::Dynamic8(moments) => RawState::Dynamic8(moments.skip(256)),
+                }
+            };
+            assert_eq!(skipped.addresses(0, 333), want(256, 333));
+        }
+    }
+
+    #[test]
+    fn a_wrong_number_of_buffers_is_no_state() {
+        for format in FORMATS.into_iter().flat_map(|f| [f, f.with_amsgrad(true)]) {
+            let count = format.buffers(0).len();
+            for given in 0..8 {
+                let pointers = std::iter::repeat_n(std::ptr::null_mut(), given);
+                assert_eq!(
+                    RawState::from_buffers(format, pointers).is_some(),
+                    given == count,
+                    "{given} buffers, {format}"
+                );
+            }
+        }
+    }
+}

@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 use qadam_core::cpu::Backend;
 use qadam_core::{
-    Adam, Decay, GradRef, Hyper, NonFinite, ParamMut, State, StateFormat, Update, bf16, f16,
+    Adam, Buffer, Decay, GradRef, Hyper, NonFinite, ParamMut, State, StateFormat, Update, bf16, f16,
 };
 
 /// Element types as bits, so that NaNs compare.
@@ -61,8 +61,8 @@ fn hypers() -> impl Strategy<Value = Hyper> {
         (Decay::Decoupled, 0.01),
     ]);
     let eps = prop::sample::select(vec![0.0, 1e-8, 1e-3]);
-    (nonfinite, beta.clone(), beta, decay, eps).prop_map(
-        |(nonfinite, beta1, beta2, (decay, weight_decay), eps)| Hyper {
+    (nonfinite, beta.clone(), beta, decay, eps, any::<bool>()).prop_map(
+        |(nonfinite, beta1, beta2, (decay, weight_decay), eps, maximize)| Hyper {
             lr: 1e-2,
             beta1,
             beta2,
@@ -70,24 +70,38 @@ fn hypers() -> impl Strategy<Value = Hyper> {
             weight_decay,
             decay,
             nonfinite,
+            maximize,
         },
     )
 }
 
+/// Of the loss, down to where its inverse is just finite and up to where that is subnormal.
+fn scales() -> impl Strategy<Value = f32> {
+    prop::sample::select(vec![1.0, 1.0, 65_536.0, 3.0, 1e-3, f32::MAX, 3e-39])
+}
+
 /// State as bits.
 fn state_bits(state: &State) -> Vec<u32> {
-    let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-    let codes = |codes: &[u8]| codes.iter().map(|&c| c.into()).collect::<Vec<u32>>();
-    match state {
-        State::F32 { exp_avg, exp_avg_sq } => [bits(exp_avg), bits(exp_avg_sq)].concat(),
-        State::Dynamic8 { exp_avg_code, exp_avg_scale, exp_avg_sq_code, exp_avg_sq_scale } => [
-            codes(exp_avg_code),
-            bits(exp_avg_scale),
-            codes(exp_avg_sq_code),
-            bits(exp_avg_sq_scale),
-        ]
-        .concat(),
-    }
+    let bits = |buffer| match buffer {
+        Buffer::F32(values) => values.iter().map(|x| x.to_bits()).collect::<Vec<_>>(),
+        Buffer::U8(codes) => codes.iter().map(|&code| code.into()).collect(),
+    };
+    state.buffers().into_iter().flat_map(bits).collect()
+}
+
+const FORMATS: [StateFormat; 4] = [
+    StateFormat::F32,
+    StateFormat::DYNAMIC8,
+    StateFormat::F32.with_amsgrad(true),
+    StateFormat::DYNAMIC8.with_amsgrad(true),
+];
+
+/// What a run is to do: hyperparameters, the format of the state, the scale of the loss.
+#[derive(Debug, Clone, Copy)]
+struct Rule {
+    hyper: Hyper,
+    format: StateFormat,
+    grad_scale: f32,
 }
 
 /// Everything a run leaves behind: parameter bits, state bits, non-finite counts.
@@ -95,7 +109,7 @@ type Outcome = (Vec<u32>, Vec<u32>, Vec<usize>);
 
 fn train<P: Bits, G: Bits>(
     (backend, threads): (Backend, usize),
-    (hyper, format): (Hyper, StateFormat),
+    Rule { hyper, format, grad_scale }: Rule,
     params: &[f32],
     grads: &[Vec<f32>],
 ) -> Outcome
@@ -110,14 +124,15 @@ where
     let mut counts = Vec::new();
     for grad in grads {
         let g: Vec<G> = grad.iter().map(|&x| G::from_f32(x)).collect();
-        let report = adam.step(&mut [Update::new(id, &mut p[..], &g[..])]).unwrap();
+        let update = Update::new(id, &mut p[..], &g[..]);
+        let report = adam.step_scaled(&mut [update], grad_scale).unwrap();
         counts.push(report.nonfinite);
     }
     (p.into_iter().map(P::bits).collect(), state_bits(adam.state(id).unwrap().0), counts)
 }
 
 /// One function a pairing of element types.
-type Train = fn((Backend, usize), (Hyper, StateFormat), &[f32], &[Vec<f32>]) -> Outcome;
+type Train = fn((Backend, usize), Rule, &[f32], &[Vec<f32>]) -> Outcome;
 const PAIRINGS: [Train; 9] = [
     train::<f32, f32>,
     train::<f32, bf16>,
@@ -149,14 +164,53 @@ proptest! {
     fn back_ends_agree(
         (params, grads) in tensors(),
         hyper in hypers(),
-        format in prop::sample::select(vec![StateFormat::F32, StateFormat::Dynamic8]),
+        format in prop::sample::select(FORMATS.to_vec()),
+        grad_scale in scales(),
         pairing in prop::sample::select(PAIRINGS.to_vec()),
     ) {
-        let want = pairing((Backend::Scalar, 1), (hyper, format), &params, &grads);
+        let rule = Rule { hyper, format, grad_scale };
+        let want = pairing((Backend::Scalar, 1), rule, &params, &grads);
         for backend in Backend::available() {
-            let got = pairing((backend, 1), (hyper, format), &params, &grads);
+            let got = pairing((backend, 1), rule, &params, &grads);
             prop_assert_eq!(&got, &want, "{:?}", backend);
         }
+    }
+
+    /// Down a gradient is up its negative, to the bit.
+    #[test]
+    fn maximizing_is_minimizing_with_negated_gradients(
+        (params, grads) in tensors(),
+        hyper in hypers(),
+        format in prop::sample::select(FORMATS.to_vec()),
+        backend in prop::sample::select(Backend::available().collect::<Vec<_>>()),
+        pairing in prop::sample::select(PAIRINGS.to_vec()),
+    ) {
+        let run = |maximize, grads: &[Vec<f32>]| {
+            let rule = Rule { hyper: Hyper { maximize, ..hyper }, format, grad_scale: 1.0 };
+            pairing((backend, 1), rule, &params, grads)
+        };
+        let negated: Vec<Vec<f32>> =
+            grads.iter().map(|grad| grad.iter().map(|g| -g).collect()).collect();
+        prop_assert_eq!(run(true, &grads), run(false, &negated));
+    }
+
+    /// For a power of two, multiplying by the inverse is dividing, to the bit.
+    #[test]
+    fn scales_of_powers_of_two_divide_the_gradients(
+        (params, grads) in tensors(),
+        hyper in hypers(),
+        format in prop::sample::select(FORMATS.to_vec()),
+        exponent in -126_i32..127,
+        backend in prop::sample::select(Backend::available().collect::<Vec<_>>()),
+    ) {
+        let scale = 2_f32.powi(exponent);
+        let run = |grad_scale, grads: &[Vec<f32>]| {
+            let rule = Rule { hyper, format, grad_scale };
+            train::<f32, f32>((backend, 1), rule, &params, grads)
+        };
+        let divided: Vec<Vec<f32>> =
+            grads.iter().map(|grad| grad.iter().map(|g| g / scale).collect()).collect();
+        prop_assert_eq!(run(scale, &grads), run(1.0, &divided));
     }
 }
 
@@ -171,9 +225,9 @@ fn thread_counts_agree() {
     let params: Vec<f32> = (0..len).map(|i| number(i, 1)).map(|x| x.max(-1.0)).collect();
     let grads: Vec<Vec<f32>> =
         (2..5).map(|salt| (0..len).map(|i| number(i, salt)).collect()).collect();
-    for format in [StateFormat::F32, StateFormat::Dynamic8] {
+    for format in FORMATS {
         for pairing in PAIRINGS {
-            let rule = (Hyper::adamw(), format);
+            let rule = Rule { hyper: Hyper::adamw(), format, grad_scale: 0.1 };
             let want = pairing((Backend::Scalar, 1), rule, &params, &grads);
             for backend in Backend::available() {
                 for threads in 1..=8 {

@@ -90,7 +90,7 @@ pub fn page_state<'py>(
     params: Vec<(usize, u32)>,
 ) -> PyResult<Vec<Bound<'py, PyDict>>> {
     let device = device_of(like)?;
-    let format = |bits| if bits == 8 { StateFormat::Dynamic8 } else { StateFormat::F32 };
+    let format = |bits| if bits == 8 { StateFormat::DYNAMIC8 } else { StateFormat::F32 };
     let params: Vec<_> = params.into_iter().map(|(len, bits)| (format(bits), len)).collect();
     let arena = py.detach(|| Arena::new(device, &params)).map_err(|error| to_python(&error))?;
     let mut made = Vec::with_capacity(params.len());

@@ -14,7 +14,7 @@ use crate::codec::block::{self, Normalizer};
 use crate::codec::dynamic::{self, Map, SIGNED, Sign, UNSIGNED};
 use crate::dtype::Float;
 use crate::rule::{Coefficients, GRADIENT_LIMIT};
-use crate::tensor::{Moments8, Moments32};
+use crate::tensor::{Moments8, Moments32, RawCoded};
 
 /// `N` f32 lanes, with the i32 lanes and masks that go with them.
 ///
@@ -142,6 +142,7 @@ struct Splat<L: Lanes> {
     eps: L::F,
     l2: L::F,
     shrink: L::F,
+    factor: L::F,
     has_l2: bool,
     has_shrink: bool,
     propagate: bool,
@@ -159,6 +160,7 @@ impl<L: Lanes> Splat<L> {
                 eps: L::splat(c.eps),
                 l2: L::splat(c.l2),
                 shrink: L::splat(c.shrink),
+                factor: L::splat(c.factor),
                 has_l2: c.l2 != 0.0,
                 has_shrink: c.shrink != 0.0,
                 propagate: c.propagate,
@@ -173,22 +175,29 @@ struct Elements<L: Lanes> {
     p: L::F,
     m: L::F,
     v: L::F,
+    /// Of no account without `AMSGRAD`.
+    max_v: L::F,
 }
 
 /// [`rule::update`](crate::rule::update), but for [`canonical`] moments; also how many gradients were
-/// finite.
+/// finite. `AMSGRAD` says whether there is a third moment.
 #[inline(always)]
-unsafe fn update<L: Lanes>(e: Elements<L>, g: L::F, c: &Splat<L>) -> (Elements<L>, usize) {
+unsafe fn update<L: Lanes, const AMSGRAD: bool>(
+    e: Elements<L>,
+    g: L::F,
+    c: &Splat<L>,
+) -> (Elements<L>, usize) {
     // SAFETY: the caller enables the instruction set.
     unsafe {
+        let g = L::mul(g, c.factor);
         let g = if c.has_l2 { L::fma(c.l2, e.p, g) } else { g };
         let limit = L::splat(GRADIENT_LIMIT);
         if L::all(L::at_most(L::abs(g), limit)) {
-            return (updated::<L>(e, g, c), L::N);
+            return (updated::<L, AMSGRAD>(e, g, c), L::N);
         }
         let finite = L::is_finite(g);
         let clamped = L::max(L::min(g, limit), L::splat(-GRADIENT_LIMIT));
-        let new = updated::<L>(e, L::select(finite, clamped, g), c);
+        let new = updated::<L, AMSGRAD>(e, L::select(finite, clamped, g), c);
         let count = L::count(finite);
         if c.propagate {
             return (new, count);
@@ -197,6 +206,7 @@ unsafe fn update<L: Lanes>(e: Elements<L>, g: L::F, c: &Splat<L>) -> (Elements<L
             p: L::select(finite, new.p, e.p),
             m: L::select(finite, new.m, e.m),
             v: L::select(finite, new.v, e.v),
+            max_v: L::select(finite, new.max_v, e.max_v),
         };
         (kept, count)
     }
@@ -204,15 +214,27 @@ unsafe fn update<L: Lanes>(e: Elements<L>, g: L::F, c: &Splat<L>) -> (Elements<L
 
 /// The update itself, for gradients that pass.
 #[inline(always)]
-unsafe fn updated<L: Lanes>(e: Elements<L>, g: L::F, c: &Splat<L>) -> Elements<L> {
+unsafe fn updated<L: Lanes, const AMSGRAD: bool>(
+    e: Elements<L>,
+    g: L::F,
+    c: &Splat<L>,
+) -> Elements<L> {
     // SAFETY: the caller enables the instruction set.
     unsafe {
         let m = L::fma(c.w1, g, L::fnma(c.w1, e.m, e.m));
         let v = L::fma(c.w2, L::mul(g, g), L::fnma(c.w2, e.v, e.v));
+        let max_v = if AMSGRAD { maximum::<L>(e.max_v, v) } else { v };
         let p = if c.has_shrink { L::fnma(c.shrink, e.p, e.p) } else { e.p };
-        let p = L::fnma(c.step, L::div(m, L::add(L::sqrt(v), c.eps)), p);
-        Elements { p: canonical::<L>(p), m, v }
+        let p = L::fnma(c.step, L::div(m, L::add(L::sqrt(max_v), c.eps)), p);
+        Elements { p: canonical::<L>(p), m, v, max_v }
     }
+}
+
+/// `rule::maximum`.
+#[inline(always)]
+unsafe fn maximum<L: Lanes>(old: L::F, new: L::F) -> L::F {
+    // SAFETY: the caller enables the instruction set.
+    unsafe { L::select(L::is_nan(new), new, L::select(L::less(old, new), new, old)) }
 }
 
 /// [`rule::canonical`](crate::rule::canonical).
@@ -254,11 +276,32 @@ impl<T: Copy, const LEN: usize> Padded<T, LEN> {
 pub(super) unsafe fn step32<L: Lanes, P: VectorFloat, G: VectorFloat>(
     param: *mut u8,
     grad: *const u8,
-    moments: Moments32,
+    Moments32 { m, v, max_v }: Moments32,
     len: usize,
     c: &Coefficients,
 ) -> usize {
     let (param, grad) = (param.cast::<P>(), grad.cast::<G>());
+    // SAFETY: this function's contract.
+    unsafe {
+        match max_v {
+            None => all32::<L, P, G, false>(param, grad, [m, v, v], len, c),
+            Some(max_v) => all32::<L, P, G, true>(param, grad, [m, v, max_v], len, c),
+        }
+    }
+}
+
+/// The first two, or with `AMSGRAD` all three of the moments.
+///
+/// # Safety
+/// The pointers are valid for `len` elements; the caller enables the instruction set.
+#[inline(always)]
+unsafe fn all32<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
+    param: *mut P,
+    grad: *const G,
+    [m, v, max_v]: [*mut f32; 3],
+    len: usize,
+    c: &Coefficients,
+) -> usize {
     // SAFETY: whole vectors lie within `len` valid elements; the rest goes through padded copies.
     unsafe {
         let c = Splat::<L>::new(c);
@@ -266,21 +309,30 @@ pub(super) unsafe fn step32<L: Lanes, P: VectorFloat, G: VectorFloat>(
         let mut finite = 0;
         for i in 0..vectors {
             let at = i * L::N;
-            let (p, g) = (param.add(at), grad.add(at));
-            finite += vector32::<L, P, G>(p, g, moments.m.add(at), moments.v.add(at), &c);
+            let moments = [m.add(at), v.add(at), max_v.add(at)];
+            finite += vector32::<L, P, G, AMSGRAD>(param.add(at), grad.add(at), moments, &c);
         }
         let (at, rest) = (vectors * L::N, len % L::N);
         if rest > 0 {
             let mut p = Padded::<_, 16>::load(param.add(at), rest, P::default());
             let g = Padded::<_, 16>::load(grad.add(at), rest, G::default());
-            let mut m = Padded::<_, 16>::load(moments.m.add(at), rest, 0.0);
-            let mut v = Padded::<_, 16>::load(moments.v.add(at), rest, 0.0);
+            let tails = [m.add(at), v.add(at), max_v.add(at)];
+            let mut padded = [
+                Padded::<_, 16>::load(tails[0], rest, 0.0),
+                Padded::<_, 16>::load(tails[1], rest, 0.0),
+                Padded::<_, 16>::load(tails[2], rest, 0.0),
+            ];
+            let moments = padded.each_mut().map(|padded| padded.0.as_mut_ptr());
             let (p_at, g_at) = (p.0.as_mut_ptr(), g.0.as_ptr());
-            finite += vector32::<L, P, G>(p_at, g_at, m.0.as_mut_ptr(), v.0.as_mut_ptr(), &c);
-            finite -= L::N - rest; // the padding's zeros are finite
+            let of_tail = vector32::<L, P, G, AMSGRAD>(p_at, g_at, moments, &c);
+            // The padding's zeros are finite, unless a coefficient is infinite: then nothing is.
+            finite += of_tail.saturating_sub(L::N - rest);
             p.store(param.add(at), rest);
-            m.store(moments.m.add(at), rest);
-            v.store(moments.v.add(at), rest);
+            padded[0].store(tails[0], rest);
+            padded[1].store(tails[1], rest);
+            if AMSGRAD {
+                padded[2].store(tails[2], rest);
+            }
         }
         len - finite
     }
@@ -291,20 +343,23 @@ pub(super) unsafe fn step32<L: Lanes, P: VectorFloat, G: VectorFloat>(
 /// # Safety
 /// The pointers are valid for `N` elements; the caller enables the instruction set.
 #[inline(always)]
-unsafe fn vector32<L: Lanes, P: VectorFloat, G: VectorFloat>(
+unsafe fn vector32<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
     p: *mut P,
     g: *const G,
-    m: *mut f32,
-    v: *mut f32,
+    [m, v, max_v]: [*mut f32; 3],
     c: &Splat<L>,
 ) -> usize {
     // SAFETY: this function's contract.
     unsafe {
-        let e = Elements { p: P::load::<L>(p), m: L::load(m), v: L::load(v) };
-        let (e, finite) = update::<L>(e, G::load::<L>(g), c);
+        let third = if AMSGRAD { L::load(max_v) } else { L::splat(0.0) };
+        let e = Elements { p: P::load::<L>(p), m: L::load(m), v: L::load(v), max_v: third };
+        let (e, finite) = update::<L, AMSGRAD>(e, G::load::<L>(g), c);
         P::store::<L>(e.p, p);
         L::store(canonical::<L>(e.m), m);
         L::store(canonical::<L>(e.v), v);
+        if AMSGRAD {
+            L::store(canonical::<L>(e.max_v), max_v);
+        }
         finite
     }
 }
@@ -317,11 +372,33 @@ unsafe fn vector32<L: Lanes, P: VectorFloat, G: VectorFloat>(
 pub(super) unsafe fn step8<L: Lanes, P: VectorFloat, G: VectorFloat>(
     param: *mut u8,
     grad: *const u8,
-    moments: Moments8,
+    Moments8 { m, v, max_v }: Moments8,
     len: usize,
     c: &Coefficients,
 ) -> usize {
     let (param, grad) = (param.cast::<P>(), grad.cast::<G>());
+    // SAFETY: this function's contract.
+    unsafe {
+        match max_v {
+            None => all8::<L, P, G, false>(param, grad, [m, v, v], len, c),
+            Some(max_v) => all8::<L, P, G, true>(param, grad, [m, v, max_v], len, c),
+        }
+    }
+}
+
+/// The first two, or with `AMSGRAD` all three of the moments.
+///
+/// # Safety
+/// The pointers are valid for `len` elements and a scale for each block of them; the caller enables
+/// the instruction set.
+#[inline(always)]
+unsafe fn all8<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
+    param: *mut P,
+    grad: *const G,
+    [m, v, max_v]: [RawCoded; 3],
+    len: usize,
+    c: &Coefficients,
+) -> usize {
     // SAFETY: whole blocks lie within `len` valid elements, a scale each; the rest of the codes and
     // elements goes through padded copies of a whole block, its scales are the last ones.
     unsafe {
@@ -329,90 +406,152 @@ pub(super) unsafe fn step8<L: Lanes, P: VectorFloat, G: VectorFloat>(
         let whole = len / BLOCK * BLOCK;
         let mut nonfinite = 0;
         for start in (0..whole).step_by(BLOCK) {
-            let moments = moments.skip(start);
-            nonfinite += block8::<L, P, G>(param.add(start), grad.add(start), moments, BLOCK, &c);
+            let (p, g) = (param.add(start), grad.add(start));
+            let moments = [m.skip(start), v.skip(start), max_v.skip(start)];
+            nonfinite += block8::<L, P, G, AMSGRAD>(p, g, moments, BLOCK, &c);
         }
         let rest = len - whole;
         if rest > 0 {
-            let (param, tail) = (param.add(whole), moments.skip(whole));
-            let zero = dynamic::zero_code;
+            let param = param.add(whole);
+            let tails = [m.skip(whole), v.skip(whole), max_v.skip(whole)];
+            let (signed, unsigned) =
+                (dynamic::zero_code(Sign::Signed), dynamic::zero_code(Sign::Unsigned));
             let mut p = Padded::<_, BLOCK>::load(param, rest, P::default());
             let g = Padded::<_, BLOCK>::load(grad.add(whole), rest, G::default());
-            let mut m = Padded::<_, BLOCK>::load(tail.m_code, rest, zero(Sign::Signed));
-            let mut v = Padded::<_, BLOCK>::load(tail.v_code, rest, zero(Sign::Unsigned));
-            let moments = Moments8 { m_code: m.0.as_mut_ptr(), v_code: v.0.as_mut_ptr(), ..tail };
-            nonfinite += block8::<L, P, G>(p.0.as_mut_ptr(), g.0.as_ptr(), moments, rest, &c);
+            let mut m = Padded::<_, BLOCK>::load(tails[0].code, rest, signed);
+            let mut v = Padded::<_, BLOCK>::load(tails[1].code, rest, unsigned);
+            let mut max_v = Padded::<_, BLOCK>::load(tails[2].code, rest, unsigned);
+            let moments = [
+                RawCoded { code: m.0.as_mut_ptr(), ..tails[0] },
+                RawCoded { code: v.0.as_mut_ptr(), ..tails[1] },
+                RawCoded { code: max_v.0.as_mut_ptr(), ..tails[2] },
+            ];
+            let (p_at, g_at) = (p.0.as_mut_ptr(), g.0.as_ptr());
+            nonfinite += block8::<L, P, G, AMSGRAD>(p_at, g_at, moments, rest, &c);
             p.store(param, rest);
-            m.store(tail.m_code, rest);
-            v.store(tail.v_code, rest);
+            m.store(tails[0].code, rest);
+            v.store(tails[1].code, rest);
+            if AMSGRAD {
+                max_v.store(tails[2].code, rest);
+            }
         }
         nonfinite
     }
 }
 
-/// The new moments of a block, between the pass that finds the scales and the pass that encodes.
+/// The new values of a moment of a block, between the pass that finds the scale and the pass that
+/// encodes.
 #[repr(align(64))]
 struct Values(MaybeUninit<[f32; BLOCK]>);
 
+impl Values {
+    const fn new() -> Self {
+        Self(MaybeUninit::uninit())
+    }
+
+    const fn pointer(&mut self) -> *mut f32 {
+        self.0.as_mut_ptr().cast()
+    }
+}
+
 /// Updates a block of `len` elements, padded with zeros to whole vectors, and returns how many
-/// gradients were not finite.
+/// gradients were not finite. `moments` are the first, the second and, with `AMSGRAD`, the third.
 ///
 /// # Safety
 /// The pointers are valid for `len` elements rounded up to whole vectors, and a scale each; the
 /// caller enables the instruction set.
 #[inline(always)]
-unsafe fn block8<L: Lanes, P: VectorFloat, G: VectorFloat>(
+unsafe fn block8<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
     p: *mut P,
     g: *const G,
-    moments: Moments8,
+    [m, v, max_v]: [RawCoded; 3],
     len: usize,
     c: &Splat<L>,
 ) -> usize {
-    let Moments8 { m_code, m_scale, v_code, v_scale } = moments;
-    let (mut new_m, mut new_v) = (Values(MaybeUninit::uninit()), Values(MaybeUninit::uninit()));
-    let (new_m, new_v) = (new_m.0.as_mut_ptr().cast::<f32>(), new_v.0.as_mut_ptr().cast::<f32>());
+    let (mut new_m, mut new_v, mut new_max) = (Values::new(), Values::new(), Values::new());
+    let (new_m, new_v, new_max) = (new_m.pointer(), new_v.pointer(), new_max.pointer());
     let padded = len.next_multiple_of(L::N);
-    // SAFETY: vectors start at multiples of `N` below `padded`; `new_m` and `new_v` hold a whole
-    // block, of which the second pass reads what the first wrote.
+    // SAFETY: vectors start at multiples of `N` below `padded`; the new values hold a whole block,
+    // of which the second pass reads what the first wrote.
     unsafe {
+        let scale = |coded: RawCoded| block::usable_scale(*coded.scale);
         let mut pass = FirstPass::<L> {
-            m_scale: L::splat(block::usable_scale(*m_scale)),
-            v_scale: L::splat(block::usable_scale(*v_scale)),
-            m_max: L::splat(0.0),
-            v_max: L::splat(0.0),
+            m: Range::new(scale(m)),
+            v: Range::new(scale(v)),
+            max_v: Range::new(if AMSGRAD { scale(max_v) } else { 0.0 }),
             finite: 0,
         };
         for at in (0..padded).step_by(L::N) {
-            let codes = (m_code.add(at).cast_const(), v_code.add(at).cast_const());
-            let values = (new_m.add(at), new_v.add(at));
-            pass.vector::<P, G>(p.add(at), g.add(at), codes, values, c);
+            let codes = [m.code.add(at), v.code.add(at), max_v.code.add(at)];
+            let values = [new_m.add(at), new_v.add(at), new_max.add(at)];
+            pass.vector::<P, G, AMSGRAD>(p.add(at), g.add(at), codes, values, c);
         }
-        let nonfinite = padded - pass.finite; // the padding is finite
+        // The padding's zeros are finite, unless a coefficient is infinite: then nothing is.
+        let nonfinite = (padded - pass.finite).min(len);
         if nonfinite == len && !c.propagate {
             return nonfinite;
         }
-        let (mut m_max, mut v_max) = (L::reduce_max(pass.m_max), L::reduce_max(pass.v_max));
-        if nonfinite > 0 && !c.propagate {
-            m_max = m_max.max(block::usable_scale(*m_scale));
-            v_max = v_max.max(block::usable_scale(*v_scale));
-        }
-        (*m_scale, *v_scale) = (m_max, v_max);
-        let m_encoder = Encoder::<L>::new(m_max);
-        let v_encoder = Encoder::<L>::new(v_max);
+        let keep = nonfinite > 0 && !c.propagate;
+        let m_encoder = pass.m.encoder(m.scale, keep);
+        let v_encoder = pass.v.encoder(v.scale, keep);
         for at in (0..padded).step_by(L::N) {
-            L::store_codes(m_encoder.signed(L::load(new_m.add(at))), m_code.add(at));
-            L::store_codes(v_encoder.unsigned(L::load(new_v.add(at))), v_code.add(at));
+            L::store_codes(m_encoder.signed(L::load(new_m.add(at))), m.code.add(at));
+            L::store_codes(v_encoder.unsigned(L::load(new_v.add(at))), v.code.add(at));
+        }
+        if AMSGRAD {
+            let encoder = pass.max_v.encoder(max_v.scale, keep);
+            for at in (0..padded).step_by(L::N) {
+                L::store_codes(encoder.unsigned(L::load(new_max.add(at))), max_v.code.add(at));
+            }
         }
         nonfinite
     }
 }
 
+/// The old scale of a moment of a block, and the largest magnitudes among its new values.
+#[derive(Clone, Copy)]
+struct Range<L: Lanes> {
+    scale: L::F,
+    max: L::F,
+}
+
+impl<L: Lanes> Range<L> {
+    #[inline(always)]
+    unsafe fn new(scale: f32) -> Self {
+        // SAFETY: the caller enables the instruction set.
+        unsafe { Self { scale: L::splat(scale), max: L::splat(0.0) } }
+    }
+
+    /// Takes note of new values, none of which is NaN.
+    #[inline(always)]
+    unsafe fn extend(&mut self, values: L::F) {
+        // SAFETY: the caller enables the instruction set.
+        unsafe { self.max = L::max(self.max, L::abs(values)) };
+    }
+
+    /// Writes the new scale, which with `keep` does not fall, and makes its encoder.
+    ///
+    /// # Safety
+    /// The pointer is valid; the caller enables the instruction set.
+    #[inline(always)]
+    unsafe fn encoder(&self, scale: *mut f32, keep: bool) -> Encoder<L> {
+        // SAFETY: this function's contract.
+        unsafe {
+            let mut max = L::reduce_max(self.max);
+            if keep {
+                max = max.max(block::usable_scale(*scale));
+            }
+            *scale = max;
+            Encoder::new(max)
+        }
+    }
+}
+
 /// The pass over a block that updates it and finds the new scales.
 struct FirstPass<L: Lanes> {
-    m_scale: L::F,
-    v_scale: L::F,
-    m_max: L::F,
-    v_max: L::F,
+    m: Range<L>,
+    v: Range<L>,
+    max_v: Range<L>,
     finite: usize,
 }
 
@@ -420,32 +559,43 @@ impl<L: Lanes> FirstPass<L> {
     /// # Safety
     /// The pointers are valid for `N` elements; the caller enables the instruction set.
     #[inline(always)]
-    unsafe fn vector<P: VectorFloat, G: VectorFloat>(
+    unsafe fn vector<P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
         &mut self,
         p: *mut P,
         g: *const G,
-        (m_code, v_code): (*const u8, *const u8),
-        (new_m, new_v): (*mut f32, *mut f32),
+        [m_code, v_code, max_code]: [*mut u8; 3],
+        [new_m, new_v, new_max]: [*mut f32; 3],
         c: &Splat<L>,
     ) {
         // SAFETY: this function's contract.
         unsafe {
+            let third = if AMSGRAD {
+                L::mul(decode_unsigned::<L>(L::load_codes(max_code)), self.max_v.scale)
+            } else {
+                L::splat(0.0)
+            };
             let e = Elements {
                 p: P::load::<L>(p),
-                m: L::mul(decode_signed::<L>(L::load_codes(m_code)), self.m_scale),
-                v: L::mul(decode_unsigned::<L>(L::load_codes(v_code)), self.v_scale),
+                m: L::mul(decode_signed::<L>(L::load_codes(m_code)), self.m.scale),
+                v: L::mul(decode_unsigned::<L>(L::load_codes(v_code)), self.v.scale),
+                max_v: third,
             };
-            let (e, finite) = update::<L>(e, G::load::<L>(g), c);
+            let (e, finite) = update::<L, AMSGRAD>(e, G::load::<L>(g), c);
             P::store::<L>(e.p, p);
             self.finite += finite;
             // usable scales and finite gradients make finite moments
             let passed = c.propagate && finite < L::N;
             let m = if passed { zero_unless_finite::<L>(e.m) } else { e.m };
             let v = if passed { zero_unless_finite::<L>(e.v) } else { e.v };
-            self.m_max = L::max(self.m_max, L::abs(m));
-            self.v_max = L::max(self.v_max, L::abs(v));
+            self.m.extend(m);
+            self.v.extend(v);
             L::store(m, new_m);
             L::store(v, new_v);
+            if AMSGRAD {
+                let max_v = if passed { zero_unless_finite::<L>(e.max_v) } else { e.max_v };
+                self.max_v.extend(max_v);
+                L::store(max_v, new_max);
+            }
         }
     }
 }

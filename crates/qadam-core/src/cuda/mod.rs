@@ -25,6 +25,6 @@ pub use driver::availability;
 pub(crate) use driver::{Context, consequence};
 pub use launch::Launcher;
 pub(crate) use memory::ManagedMemory;
-pub use plan::{DeviceState, DeviceStep};
+pub use plan::{DeviceCoded, DeviceState, DeviceStep};
 pub use stepper::Stepper;
 pub use work::Work;

@@ -11,29 +11,82 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::Walk;
 use crate::rule::{Decay, Hyper, NonFinite};
+use crate::state::{StateCode, StateFormat};
+
+/// Device addresses of one moment in an 8-bit code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceCoded {
+    /// Codes.
+    pub code: u64,
+    /// Scales.
+    pub scale: u64,
+}
 
 /// Device addresses of a parameter's state, each a multiple of 16, as long as
-/// [`StateFormat::buffers`](crate::StateFormat::buffers) says.
+/// [`StateFormat::buffers`] says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceState {
-    /// [`StateFormat::F32`](crate::StateFormat::F32).
+    /// [`StateCode::F32`].
     F32 {
         /// First moments.
         m: u64,
         /// Second moments.
         v: u64,
+        /// Largest second moments so far, by which the update divides (`AMSGrad`).
+        max_v: Option<u64>,
     },
-    /// [`StateFormat::Dynamic8`](crate::StateFormat::Dynamic8).
+    /// [`StateCode::Dynamic8`].
     Dynamic8 {
-        /// Codes of the first moments.
-        m_code: u64,
-        /// Scales of the first moments.
-        m_scale: u64,
-        /// Codes of the second moments.
-        v_code: u64,
-        /// Scales of the second moments.
-        v_scale: u64,
+        /// First moments.
+        m: DeviceCoded,
+        /// Second moments.
+        v: DeviceCoded,
+        /// Largest second moments so far, by which the update divides (`AMSGrad`).
+        max_v: Option<DeviceCoded>,
     },
+}
+
+impl DeviceState {
+    /// The state of this format whose buffers are at `addresses`, in [`StateFormat::buffers`]'
+    /// order; `None` unless there are as many as that says.
+    pub fn from_buffers(
+        format: StateFormat,
+        addresses: impl IntoIterator<Item = u64>,
+    ) -> Option<Self> {
+        let mut rest = addresses.into_iter();
+        let state = match format.code {
+            StateCode::F32 => {
+                let (m, v) = (rest.next()?, rest.next()?);
+                let max_v = if format.amsgrad { Some(rest.next()?) } else { None };
+                Self::F32 { m, v, max_v }
+            }
+            StateCode::Dynamic8 => {
+                let mut next = || Some(DeviceCoded { code: rest.next()?, scale: rest.next()? });
+                let (m, v) = (next()?, next()?);
+                let max_v = if format.amsgrad { Some(next()?) } else { None };
+                Self::Dynamic8 { m, v, max_v }
+            }
+        };
+        rest.next().is_none().then_some(state)
+    }
+
+    /// Address and bytes of each buffer for `len` elements; those that the format lacks are at 0.
+    fn buffers(self, len: u64) -> [(u64, u64); 6] {
+        const NONE: (u64, u64) = (0, 0);
+        match self {
+            Self::F32 { m, v, max_v } => {
+                let values = |address| (address, 4 * len);
+                [values(m), values(v), max_v.map_or(NONE, values), NONE, NONE, NONE]
+            }
+            Self::Dynamic8 { m, v, max_v } => {
+                let codes = |coded: DeviceCoded| (coded.code, len);
+                let scales = |coded: DeviceCoded| (coded.scale, 4 * len.div_ceil(BLOCK));
+                let (max_codes, max_scales) =
+                    (max_v.map_or(NONE, codes), max_v.map_or(NONE, scales));
+                [codes(m), scales(m), codes(v), scales(v), max_codes, max_scales]
+            }
+        }
+    }
 }
 
 /// The update of one parameter on a device.
@@ -59,19 +112,18 @@ pub struct DeviceStep {
     /// Device address of an f32 that is read in place of `hyper.lr` when the step runs, so that a
     /// replayed graph follows it.
     pub lr_address: Option<u64>,
+    /// Device address of an f32, the scale of the loss, by which gradients are divided when the step
+    /// runs: as [`Coefficients::with_grad_scale`](crate::rule::Coefficients::with_grad_scale) does.
+    pub grad_scale: Option<u64>,
+    /// Device address of an f32. If it is not 0 when the step runs, the parameter, its state and its
+    /// step count stay as they are, and its non-finite gradients are not counted.
+    pub found_inf: Option<u64>,
 }
 
 impl DeviceStep {
     /// Address and bytes of each buffer of the state; those that the format lacks have no bytes.
-    pub(super) fn buffers(&self) -> [(u64, u64); 4] {
-        let len = self.walk.len() as u64;
-        match self.state {
-            DeviceState::F32 { m, v } => [(m, 4 * len), (v, 4 * len), (0, 0), (0, 0)],
-            DeviceState::Dynamic8 { m_code, m_scale, v_code, v_scale } => {
-                let scales = 4 * len.div_ceil(BLOCK);
-                [(m_code, len), (m_scale, scales), (v_code, len), (v_scale, scales)]
-            }
-        }
+    pub(super) fn buffers(&self) -> [(u64, u64); 6] {
+        self.state.buffers(self.walk.len() as u64)
     }
 }
 
@@ -139,7 +191,7 @@ impl Plan {
 
     /// The index of the step's hyperparameters; neighbours that have the same share one.
     fn hyper(&mut self, step: &DeviceStep) -> Result<u32> {
-        let Hyper { lr, beta1, beta2, eps, weight_decay, decay, nonfinite } = step.hyper;
+        let Hyper { lr, beta1, beta2, eps, weight_decay, decay, nonfinite, maximize } = step.hyper;
         let hyper = DeviceHyper {
             lr,
             beta1,
@@ -147,8 +199,12 @@ impl Plan {
             eps,
             weight_decay,
             lr_address: step.lr_address.unwrap_or(0),
+            grad_scale: step.grad_scale.unwrap_or(0),
+            found_inf: step.found_inf.unwrap_or(0),
             decoupled: u32::from(decay == Decay::Decoupled),
             propagate: u32::from(nonfinite == NonFinite::Propagate),
+            maximize: u32::from(maximize),
+            unused: 0,
         };
         let same = |last: &DeviceHyper| {
             bytes(std::slice::from_ref(last)) == bytes(std::slice::from_ref(&hyper))
@@ -161,7 +217,8 @@ impl Plan {
     }
 
     fn grad(&mut self, index: usize, step: &DeviceStep) -> Result<Grad> {
-        let mut grad = Grad { address: step.grad, strides: 0, access: 0, unused: 0 };
+        let guarded = u32::from(step.found_inf.is_some());
+        let mut grad = Grad { address: step.grad, strides: 0, access: 0, guarded };
         let access = if step.walk.is_flat() {
             let vector =
                 |address: u64, dtype: DType| address.is_multiple_of(4 * dtype.size() as u64);
@@ -271,10 +328,12 @@ fn tensor(step: &DeviceStep, hyper: u32) -> Tensor {
         DType::BF16 => 1,
         DType::F16 => 2,
     };
-    let (is_8bit, [m, v, m_scale, v_scale]) = match step.state {
-        DeviceState::F32 { m, v } => (0, [m, v, 0, 0]),
-        DeviceState::Dynamic8 { m_code, m_scale, v_code, v_scale } => {
-            (1, [m_code, v_code, m_scale, v_scale])
+    let buffers = step.buffers().map(|(address, _)| address);
+    let (is_8bit, [m, v, max_v, m_scale, v_scale, max_v_scale]) = match step.state {
+        DeviceState::F32 { .. } => (0, buffers),
+        DeviceState::Dynamic8 { .. } => {
+            let [m, m_scale, v, v_scale, max_v, max_v_scale] = buffers;
+            (1, [m, v, max_v, m_scale, v_scale, max_v_scale])
         }
     };
     Tensor {
@@ -283,6 +342,8 @@ fn tensor(step: &DeviceStep, hyper: u32) -> Tensor {
         v,
         m_scale,
         v_scale,
+        max_v,
+        max_v_scale,
         step: step.step,
         len: step.walk.len() as u64,
         hyper,
@@ -314,8 +375,15 @@ fn check_addresses(index: usize, step: &DeviceStep) -> Result<()> {
         if fits { Ok(()) } else { Err(Error::Address { what, index, address, accepted }) }
     };
     check("the step count", step.step, 4)?;
-    if let Some(address) = step.lr_address {
-        check("the learning rate", address, 4)?;
+    let read = [
+        ("the learning rate", step.lr_address),
+        ("the gradient scale", step.grad_scale),
+        ("found_inf", step.found_inf),
+    ];
+    for (what, address) in read {
+        if let Some(address) = address {
+            check(what, address, 4)?;
+        }
     }
     if step.walk.is_empty() {
         return Ok(());
@@ -324,13 +392,17 @@ fn check_addresses(index: usize, step: &DeviceStep) -> Result<()> {
     if step.grad != 0 {
         check("the gradient", step.grad, step.grad_dtype.size() as u64)?;
     }
-    let state = match step.state {
-        DeviceState::F32 { m, v } => [m, v, m, v],
-        DeviceState::Dynamic8 { m_code, m_scale, v_code, v_scale } => {
-            [m_code, m_scale, v_code, v_scale]
-        }
+    let state = |address| check("the state", address, 16);
+    let coded = |moment: DeviceCoded| {
+        state(moment.code)?;
+        state(moment.scale)
     };
-    state.into_iter().try_for_each(|address| check("the state", address, 16))
+    match step.state {
+        DeviceState::F32 { m, v, max_v } => [m, v].into_iter().chain(max_v).try_for_each(state),
+        DeviceState::Dynamic8 { m, v, max_v } => {
+            [m, v].into_iter().chain(max_v).try_for_each(coded)
+        }
+    }
 }
 
 /// How long the chunks of a launch over `total` elements are: about 16 Ki of them, within bounds
@@ -362,20 +434,18 @@ mod tests {
     use super::*;
 
     fn step(param: u64, grad: u64, walk: Walk) -> DeviceStep {
-        let state = DeviceState::F32 { m: 0x1000, v: 0x2000 };
-        let (param_dtype, grad_dtype) = (DType::F32, DType::BF16);
-        let hyper = Hyper::adam();
-        let lr_address = None;
         DeviceStep {
             param,
-            param_dtype,
+            param_dtype: DType::F32,
             grad,
-            grad_dtype,
+            grad_dtype: DType::BF16,
             walk,
-            state,
+            state: DeviceState::F32 { m: 0x1000, v: 0x2000, max_v: None },
             step: 0x3000,
-            hyper,
-            lr_address,
+            hyper: Hyper::adam(),
+            lr_address: None,
+            grad_scale: None,
+            found_inf: None,
         }
     }
 
@@ -452,7 +522,18 @@ mod tests {
             Plan::default().fill(steps, &Plan::default()).unwrap_err().to_string()
         };
         let good = || step(0x100, 0x200, Walk::flat(5));
-        let text = refused(DeviceStep { state: DeviceState::F32 { m: 0x1008, v: 0x10 }, ..good() });
+        let with_state = |m, max_v| {
+            let state = DeviceState::F32 { m, v: 0x10, max_v };
+            DeviceStep { state, ..good() }
+        };
+        assert!(refused(with_state(0x10, Some(0))).starts_with("the state of tensor 0"));
+        let format = StateFormat::DYNAMIC8.with_amsgrad(true);
+        let state = |last| {
+            let addresses = [0x10, 0x20, 0x30, 0x40, 0x50, last];
+            DeviceState::from_buffers(format, addresses).unwrap()
+        };
+        assert!(refused(DeviceStep { state: state(0x64), ..good() }).contains("address 0x64"));
+        let text = refused(with_state(0x1008, None));
         assert_eq!(
             text,
             "the state of tensor 0 is at device address 0x1008; a multiple of 16 other than 0 is \
@@ -463,11 +544,69 @@ mod tests {
         assert!(refused(DeviceStep { step: 2, ..good() }).starts_with("the step count of"));
         let lr_address = Some(0);
         assert!(refused(DeviceStep { lr_address, ..good() }).starts_with("the learning rate of"));
+        let grad_scale = Some(0x102);
+        assert!(refused(DeviceStep { grad_scale, ..good() }).starts_with("the gradient scale of"));
+        let found_inf = Some(1);
+        assert!(refused(DeviceStep { found_inf, ..good() }).starts_with("found_inf of"));
         let hyper = Hyper { eps: -1.0, ..Hyper::adam() };
         assert!(refused(DeviceStep { hyper, ..good() }).starts_with("eps must be"));
         let param: Vec<isize> = (0..9).map(|d| 4_isize.pow(8 - d)).collect();
         let grad: Vec<isize> = (0..9).map(|d| 3_isize.pow(d)).collect();
         let walk = Walk::new(&[2; 9], &param, &grad).unwrap();
         assert!(refused(step(0x100, 0x200, walk)).contains("9 dimensions that cannot be merged"));
+    }
+
+    #[test]
+    fn state_is_laid_out_as_the_format_says() {
+        for format in [StateFormat::F32, StateFormat::DYNAMIC8] {
+            for format in [format, format.with_amsgrad(true)] {
+                let specs = format.buffers(1000);
+                let addresses: Vec<u64> = (1..=specs.len() as u64).map(|i| i << 12).collect();
+                let make = |n| DeviceState::from_buffers(format, addresses.iter().copied().take(n));
+                assert_eq!(make(specs.len() - 1), None);
+                let more = addresses.iter().copied().chain([0]);
+                assert_eq!(DeviceState::from_buffers(format, more), None);
+                let state = make(specs.len()).unwrap();
+                let step = DeviceStep { state, ..step(0x100, 0x200, Walk::flat(1000)) };
+                let size = |dtype| if dtype == crate::StateType::F32 { 4 } else { 1 };
+                let bytes = specs.iter().map(|spec| (spec.len * size(spec.dtype)) as u64);
+                let mut want: Vec<(u64, u64)> = addresses.iter().copied().zip(bytes).collect();
+                want.resize(6, (0, 0));
+                assert_eq!(step.buffers()[..], want, "{format}");
+                let of_kernel = tensor(&step, 0);
+                let at = |name| specs.iter().position(|b| b.name == name).map_or(0, |i| want[i].0);
+                let names = match format.code {
+                    StateCode::F32 => ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "", "", ""],
+                    StateCode::Dynamic8 => [
+                        "exp_avg_code",
+                        "exp_avg_sq_code",
+                        "max_exp_avg_sq_code",
+                        "exp_avg_scale",
+                        "exp_avg_sq_scale",
+                        "max_exp_avg_sq_scale",
+                    ],
+                };
+                let Tensor { m, v, max_v, m_scale, v_scale, max_v_scale, .. } = of_kernel;
+                assert_eq!([m, v, max_v, m_scale, v_scale, max_v_scale], names.map(at), "{format}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_the_device_reads_tells_hyperparameters_apart() {
+        let good = || step(0x100, 0x200, Walk::flat(5));
+        let steps = [
+            good(),
+            DeviceStep { grad_scale: Some(0x40), ..good() },
+            DeviceStep { grad_scale: Some(0x40), ..good() },
+            DeviceStep { grad_scale: Some(0x40), found_inf: Some(0x44), ..good() },
+            DeviceStep { hyper: Hyper { maximize: true, ..Hyper::adam() }, ..good() },
+        ];
+        let plan = plan(&steps, &Plan::default());
+        let read = |h: &DeviceHyper| (h.grad_scale, h.found_inf, h.maximize);
+        let hypers: Vec<_> = plan.hypers.iter().map(read).collect();
+        assert_eq!(hypers, [(0, 0, 0), (0x40, 0, 0), (0x40, 0x44, 0), (0, 0, 1)]);
+        let guarded: Vec<_> = plan.grads.iter().map(|grad| grad.guarded).collect();
+        assert_eq!(guarded, [0, 0, 0, 1, 0]);
     }
 }

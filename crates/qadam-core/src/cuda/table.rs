@@ -35,6 +35,8 @@ pub(super) struct Tensor {
     pub v: u64,
     pub m_scale: u64,
     pub v_scale: u64,
+    pub max_v: u64,
+    pub max_v_scale: u64,
     pub step: u64,
     pub len: u64,
     pub hyper: u32,
@@ -50,7 +52,7 @@ pub(super) struct Grad {
     pub address: u64,
     pub strides: u64,
     pub access: u32,
-    pub unused: u32,
+    pub guarded: u32,
 }
 
 /// What one warp does.
@@ -72,8 +74,12 @@ pub(super) struct Hyper {
     pub eps: f64,
     pub weight_decay: f64,
     pub lr_address: u64,
+    pub grad_scale: u64,
+    pub found_inf: u64,
     pub decoupled: u32,
     pub propagate: u32,
+    pub maximize: u32,
+    pub unused: u32,
 }
 
 /// What a launch is given the address of.
@@ -110,15 +116,15 @@ macro_rules! plain {
 plain! {
     Strides { size: 0, param: 64, grad: 128 } 192
     Tensor {
-        param: 0, m: 8, v: 16, m_scale: 24, v_scale: 32, step: 40, len: 48, hyper: 56,
-        param_dtype: 60, grad_dtype: 64, is_8bit: 68
-    } 72
-    Grad { address: 0, strides: 8, access: 16, unused: 20 } 24
+        param: 0, m: 8, v: 16, m_scale: 24, v_scale: 32, max_v: 40, max_v_scale: 48, step: 56,
+        len: 64, hyper: 72, param_dtype: 76, grad_dtype: 80, is_8bit: 84
+    } 88
+    Grad { address: 0, strides: 8, access: 16, guarded: 20 } 24
     Chunk { start: 0, len: 8, tensor: 12 } 16
     Hyper {
-        lr: 0, beta1: 8, beta2: 16, eps: 24, weight_decay: 32, lr_address: 40, decoupled: 48,
-        propagate: 52
-    } 56
+        lr: 0, beta1: 8, beta2: 16, eps: 24, weight_decay: 32, lr_address: 40, grad_scale: 48,
+        found_inf: 56, decoupled: 64, propagate: 68, maximize: 72, unused: 76
+    } 80
     Table {
         tensors: 0, grads: 8, chunks: 16, hypers: 24, nonfinite: 32, arrived: 40,
         chunk_count: 48, tensor_count: 56

@@ -68,10 +68,10 @@ mod tests {
     #[test]
     fn buffers_are_aligned_apart_and_as_long_as_the_state() {
         let params = [
-            (StateFormat::Dynamic8, 100_001),
+            (StateFormat::DYNAMIC8, 100_001),
             (StateFormat::F32, 100_000),
             (StateFormat::F32, 3_000_000),
-            (StateFormat::Dynamic8, 1),
+            (StateFormat::DYNAMIC8, 1),
         ];
         let extents = Extents::new(&params);
         let mut end = 0_usize;

@@ -282,7 +282,7 @@ mod tests {
 
     #[test]
     fn an_arena_is_zero_writable_and_found_by_address() {
-        let arena = arena(&[(StateFormat::F32, 100_000), (StateFormat::Dynamic8, 100_000)]);
+        let arena = arena(&[(StateFormat::F32, 100_000), (StateFormat::DYNAMIC8, 100_000)]);
         let bytes = arena.extents().bytes();
         assert_eq!(arena.bytes(), bytes);
         // SAFETY: the arena's own bytes, which nothing else uses.

@@ -77,7 +77,7 @@ fn nonfinite_values_propagate_if_asked() {
 fn the_first_tensor_with_nonfinite_gradients_is_found_and_nothing_written() {
     let soft = soft();
     let mut seed = 3;
-    let kind = (DType::BF16, DType::F32, StateFormat::Dynamic8);
+    let kind = (DType::BF16, DType::F32, StateFormat::DYNAMIC8);
     let mut model =
         Model((0..5).map(|i| Param::flat(kind, 5000 * i, &mut seed)).collect::<Vec<_>>());
     for param in &mut model.0 {

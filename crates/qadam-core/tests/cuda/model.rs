@@ -6,11 +6,16 @@ use qadam_core::cpu::{self, Backend};
 use qadam_core::cuda::{DeviceState, DeviceStep};
 use qadam_core::paging::managed::Arena;
 use qadam_core::rule::Coefficients;
-use qadam_core::{
-    DType, Error, Hyper, Moments8, Moments32, RawState, StateFormat, TensorStep, Walk, bf16, f16,
-};
+use qadam_core::{DType, Error, Hyper, RawState, State, StateFormat, TensorStep, Walk, bf16, f16};
 
 use crate::stand_in::Soft;
+
+pub const FORMATS: [StateFormat; 4] = [
+    StateFormat::F32,
+    StateFormat::DYNAMIC8,
+    StateFormat::F32.with_amsgrad(true),
+    StateFormat::DYNAMIC8.with_amsgrad(true),
+];
 
 /// Bytes that start at a multiple of 16, plus `skew`; or that lie in an arena.
 pub struct Buffer {
@@ -138,24 +143,12 @@ impl Param {
         p.fill(dtype, seed, false);
         let mut g = Buffer::new(span(grad) * grad_dtype.size(), skew.1 * grad_dtype.size());
         g.fill(grad_dtype, seed, true);
-        let state = qadam_core::State::zeros(format, walk.len());
-        let state: Vec<Vec<u8>> = match state {
-            qadam_core::State::F32 { exp_avg, exp_avg_sq } => {
-                [exp_avg, exp_avg_sq].map(|x| vec![0; 4 * x.len()]).to_vec()
-            }
-            qadam_core::State::Dynamic8 {
-                exp_avg_code,
-                exp_avg_scale,
-                exp_avg_sq_code,
-                exp_avg_sq_scale,
-            } => vec![
-                exp_avg_code,
-                vec![0; 4 * exp_avg_scale.len()],
-                exp_avg_sq_code,
-                vec![0; 4 * exp_avg_sq_scale.len()],
-            ],
-        };
-        let state = state.into_iter().map(|bytes| {
+        let state = State::zeros(format, walk.len());
+        let state = state.buffers().into_iter().map(|zeros| {
+            let bytes: Vec<u8> = match zeros {
+                qadam_core::Buffer::F32(values) => vec![0; 4 * values.len()],
+                qadam_core::Buffer::U8(codes) => codes.to_vec(),
+            };
             let mut buffer = Buffer::new(bytes.len(), 0);
             buffer.bytes_mut().copy_from_slice(&bytes);
             buffer
@@ -171,25 +164,19 @@ impl Param {
 
     /// For a launcher, if the buffers are known to the device.
     pub fn device_step(&self) -> DeviceStep {
-        let at = |i: usize| self.state[i].address();
+        let addresses = self.state.iter().map(Buffer::address);
         DeviceStep {
             param: self.p.address(),
             param_dtype: self.dtype,
             grad: if self.has_grad { self.g.address() } else { 0 },
             grad_dtype: self.grad_dtype,
             walk: self.walk.clone(),
-            state: match self.format {
-                StateFormat::F32 => DeviceState::F32 { m: at(0), v: at(1) },
-                StateFormat::Dynamic8 => DeviceState::Dynamic8 {
-                    m_code: at(0),
-                    m_scale: at(1),
-                    v_code: at(2),
-                    v_scale: at(3),
-                },
-            },
+            state: DeviceState::from_buffers(self.format, addresses).unwrap(),
             step: self.step.address(),
             hyper: self.hyper,
             lr_address: None,
+            grad_scale: None,
+            found_inf: None,
         }
     }
 
@@ -197,16 +184,8 @@ impl Param {
     fn tensor_step(&mut self) -> TensorStep {
         let t = self.step.f32() as u64 + 1;
         self.step.set_f32(t as f32);
-        let at = |i: usize| self.state[i].pointer();
-        let state = match self.format {
-            StateFormat::F32 => RawState::F32(Moments32 { m: at(0).cast(), v: at(1).cast() }),
-            StateFormat::Dynamic8 => RawState::Dynamic8(Moments8 {
-                m_code: at(0),
-                m_scale: at(1).cast(),
-                v_code: at(2),
-                v_scale: at(3).cast(),
-            }),
-        };
+        let pointers = self.state.iter().map(Buffer::pointer);
+        let state = RawState::from_buffers(self.format, pointers).unwrap();
         // SAFETY: the buffers are as long as `new` made them, for this walk; nothing else uses them.
         unsafe {
             TensorStep::new(
@@ -235,7 +214,7 @@ impl Model {
         let mut seed = 1;
         let mut params = Vec::new();
         let lengths = [0, 1, 255, 256, 257, 4095, 4097, 513, 10_000];
-        for format in [StateFormat::F32, StateFormat::Dynamic8] {
+        for format in FORMATS {
             for (i, len) in lengths.into_iter().enumerate() {
                 let kind = (DType::ALL[i % 3], DType::ALL[i / 3], format);
                 let hyper = if i % 2 == 0 { Hyper::adamw() } else { Hyper::adam() };
@@ -261,7 +240,7 @@ impl Model {
     pub fn small(count: usize) -> Self {
         let mut seed = 7;
         let kind = |i| {
-            let format = if i % 2 == 0 { StateFormat::F32 } else { StateFormat::Dynamic8 };
+            let format = FORMATS[i % FORMATS.len()];
             (DType::F32, DType::F32, format)
         };
         Self((0..count).map(|i| Param::flat(kind(i), 16 + i % 300, &mut seed)).collect())

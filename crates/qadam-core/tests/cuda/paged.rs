@@ -12,7 +12,7 @@ use crate::model::{Model, OnDevice, Param};
 use crate::stand_in::Soft;
 
 const F32: (DType, DType, StateFormat) = (DType::F32, DType::F32, StateFormat::F32);
-const DYNAMIC8: (DType, DType, StateFormat) = (DType::F32, DType::F32, StateFormat::Dynamic8);
+const DYNAMIC8: (DType, DType, StateFormat) = (DType::F32, DType::F32, StateFormat::DYNAMIC8);
 
 /// Parameters of these kinds and lengths.
 fn model(params: &[((DType, DType, StateFormat), usize)]) -> Model {
@@ -405,7 +405,7 @@ fn an_arena_is_aligned_advised_found_by_address_and_freed_with_its_last_user() {
     let soft = soft();
     use_device(0);
     let before = leaks(&soft);
-    let formats = [(StateFormat::F32, 100_000), (StateFormat::Dynamic8, 3_000_000)];
+    let formats = [(StateFormat::F32, 100_000), (StateFormat::DYNAMIC8, 3_000_000)];
     soft.clear();
     let arena = Arena::new(1, &formats).unwrap();
     assert!(soft.text("softgpu_call_log").contains("advice 5, Device(1)"));
@@ -433,7 +433,7 @@ fn an_arena_is_aligned_advised_found_by_address_and_freed_with_its_last_user() {
     assert_eq!([address, start].map(found), [None; 2]);
 
     soft.clear();
-    for formats in [&[][..], &[(StateFormat::F32, 0), (StateFormat::Dynamic8, 0)]] {
+    for formats in [&[][..], &[(StateFormat::F32, 0), (StateFormat::DYNAMIC8, 0)]] {
         let empty = Arena::new(0, formats).unwrap();
         assert_eq!((empty.bytes(), empty.extents().bytes(), empty.address()), (0, 0, 0));
         assert_eq!(empty.extents().buffers().len(), formats.len());

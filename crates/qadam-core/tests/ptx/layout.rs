@@ -1,5 +1,5 @@
 //! What the kernel reads, as `kernels/adam.cu` declares it.
-//! (To be replaced by the structures of `src/cuda/launch.rs`, which are the same.)
+//! (`src/cuda/table.rs` has the same structures, and keeps them to itself.)
 
 pub const VECTOR: u32 = 0;
 pub const SCALAR: u32 = 1;
@@ -16,8 +16,12 @@ pub struct Hyper {
     pub eps: f64,
     pub weight_decay: f64,
     pub lr_address: u64,
+    pub grad_scale: u64,
+    pub found_inf: u64,
     pub decoupled: u32,
     pub propagate: u32,
+    pub maximize: u32,
+    pub unused: u32,
 }
 
 #[repr(C)]
@@ -36,6 +40,8 @@ pub struct Tensor {
     pub v: u64,
     pub m_scale: u64,
     pub v_scale: u64,
+    pub max_v: u64,
+    pub max_v_scale: u64,
     pub step: u64,
     pub len: u64,
     pub hyper: u32,
@@ -50,7 +56,7 @@ pub struct Grad {
     pub address: u64,
     pub strides: u64,
     pub access: u32,
-    pub unused: u32,
+    pub guarded: u32,
 }
 
 #[repr(C)]

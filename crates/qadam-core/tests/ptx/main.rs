@@ -11,9 +11,16 @@ use model::{Buffer, Group, Place, Step, Tensor, compare, encode};
 use numbers::{Kind, Numbers};
 use proptest::prelude::*;
 use qadam_core::codec::dynamic::{Sign, decode};
-use qadam_core::{DType, Decay, Hyper, NonFinite, StateFormat};
+use qadam_core::{
+    BufferSpec, DType, Decay, Hyper, NonFinite, Per, StateCode, StateFormat, StateType,
+};
 
-const FORMATS: [StateFormat; 2] = [StateFormat::F32, StateFormat::Dynamic8];
+const FORMATS: [StateFormat; 4] = [
+    StateFormat::F32,
+    StateFormat::DYNAMIC8,
+    StateFormat::F32.with_amsgrad(true),
+    StateFormat::DYNAMIC8.with_amsgrad(true),
+];
 
 fn pairings() -> impl Iterator<Item = (DType, DType)> {
     DType::ALL.into_iter().flat_map(|param| DType::ALL.map(|grad| (param, grad)))
@@ -126,6 +133,45 @@ fn many_steps_with_gradients_that_come_and_go() {
 }
 
 #[test]
+fn gradients_are_scaled_and_negated_and_steps_are_not_taken() {
+    let mut numbers = Numbers(11);
+    let mut groups = Vec::new();
+    for (maximize, grad_scale) in
+        [(true, None), (false, Some(1024.0)), (true, Some(3.0)), (false, Some(1e-40))]
+    {
+        for found_inf in [None, Some(0.0), Some(1.0)] {
+            for group in self::groups() {
+                let hyper = Hyper { maximize, ..group.hyper };
+                groups.push(Group { hyper, grad_scale, found_inf, ..group });
+            }
+        }
+    }
+    // An infinite factor leaves no gradient finite, nor the padding of a block.
+    let nothing = [0.0, f32::NAN].map(|scale| Group {
+        grad_scale: Some(scale),
+        ..Group::from(Hyper { weight_decay: 1e300, ..Hyper::adam() })
+    });
+    groups.extend(nothing);
+    groups.push(Group::from(Hyper { weight_decay: 1e300, ..Hyper::adam() }));
+    let places = [Place::dense(70), Place::dense(513).shifted(1, 0)];
+    for kind in [Kind::Ordinary, Kind::Adversarial] {
+        let mut tensors = everywhere(&mut numbers, kind, &places);
+        for (i, tensor) in tensors.iter_mut().enumerate() {
+            tensor.group = i * 7 % groups.len();
+        }
+        let mut steps = steps(&mut numbers, kind, &tensors, 2);
+        for step in &mut steps {
+            step.groups.clone_from(&groups);
+        }
+        // Those that the first step leaves out are in the second.
+        for group in &mut steps[1].groups {
+            group.found_inf = group.found_inf.map(|found| 1.0 - found);
+        }
+        compare(&tensors, &steps, 256);
+    }
+}
+
+#[test]
 fn hyperparameters_at_their_ends() {
     let mut numbers = Numbers(5);
     let tensors: Vec<Tensor> = FORMATS
@@ -196,7 +242,7 @@ fn the_edges_of_all_codes() {
     }
     let pairing = (DType::F32, DType::F32);
     let mut tensor =
-        Numbers(10).tensor(Kind::Ordinary, Place::dense(all.len()), pairing, StateFormat::Dynamic8);
+        Numbers(10).tensor(Kind::Ordinary, Place::dense(all.len()), pairing, StateFormat::DYNAMIC8);
     tensor.step = 5.0;
     let hyper = Hyper { beta1: 0.0, beta2: 0.0, ..Hyper::adam() };
     let step = Step {
@@ -245,20 +291,19 @@ fn the_end_of_a_huge_tensor() {
             let strides = (place.param[0] as u64, place.grad[0] as u64);
             let param = reserve(&end.param, START * strides.0 * 2);
             let grad_at = reserve(&grad, START * strides.1 * 2);
-            let before = match format {
-                StateFormat::F32 => vec![START * 4, START * 4],
-                StateFormat::Dynamic8 => vec![START, START / 64, START, START / 64],
+            let each = |spec: BufferSpec| match (spec.dtype, spec.per) {
+                (StateType::U8, _) => START,
+                (StateType::F32, Per::Element) => START * 4,
+                (StateType::F32, Per::Block) => START / 64,
             };
+            let before: Vec<u64> = format.buffers(0).into_iter().map(each).collect();
             let state: Vec<u64> = end
                 .state
                 .iter()
                 .zip(&before)
                 .map(|(buffer, &before)| reserve(buffer, before))
                 .collect();
-            let [m, m_scale, v, v_scale] = match state[..] {
-                [m, v] => [m, 0, v, 0],
-                _ => [state[0], state[1], state[2], state[3]],
-            };
+            let [m, v, max_v, m_scale, v_scale, max_v_scale] = model::moments(format, &state);
             let mut table = place.table();
             table.size[0] = total;
             let shift = (place.shift.0 * 2) as u64;
@@ -268,15 +313,17 @@ fn the_end_of_a_huge_tensor() {
                 v,
                 m_scale,
                 v_scale,
+                max_v,
+                max_v_scale,
                 step: gpu.upload(&[end.step]),
                 len: total,
                 hyper: 0,
                 param_dtype: pairing.0 as u32,
                 grad_dtype: pairing.1 as u32,
-                is_8bit: (format == StateFormat::Dynamic8).into(),
+                is_8bit: (format.code == StateCode::Dynamic8).into(),
             };
             let strides_at = gpu.upload(&[table]);
-            let grads = [Grad { address: grad_at, strides: strides_at, access, unused: 0 }];
+            let grads = [Grad { address: grad_at, strides: strides_at, access, guarded: 0 }];
             let chunk = Chunk { start: START, len: LEN as u32, tensor: 0 };
             let group = Group::from(Hyper::adamw());
             let hypers = [group.table(&mut gpu)];
@@ -306,11 +353,13 @@ fn instructions_an_element() {
             let step = &steps(&mut numbers, Kind::Ordinary, std::slice::from_ref(&tensor), 1)[0];
             for ptx in PTX {
                 let count = model::instructions(ptx, &tensor, step);
-                let most = match format {
-                    StateFormat::F32 => 60.0,
-                    StateFormat::Dynamic8 => 150.0,
+                let most = match (format.code, format.amsgrad) {
+                    (StateCode::F32, false) => 60.0,
+                    (StateCode::F32, true) => 80.0,
+                    (StateCode::Dynamic8, false) => 150.0,
+                    (StateCode::Dynamic8, true) => 210.0,
                 };
-                println!("sm_{}, {}, {}: {count:.1}", ptx.0, dtype.name(), format.name());
+                println!("sm_{}, {}, {format}: {count:.1}", ptx.0, dtype.name());
                 assert!(count < most, "sm_{}, {dtype:?}, {format:?}: {count}", ptx.0);
             }
         }
@@ -353,10 +402,16 @@ fn hypers() -> impl Strategy<Value = Group> {
     let nonfinite = prop::sample::select(vec![NonFinite::Skip, NonFinite::Propagate]);
     let rate = prop::sample::select(vec![0.0, 1e-8, 1e-3, 0.1, 1e3]);
     let rates = (rate.clone(), rate.clone(), rate);
-    (rates, beta.clone(), beta, decay, nonfinite, any::<bool>()).prop_map(
-        |((lr, eps, weight_decay), beta1, beta2, decay, nonfinite, lr_on_device)| Group {
-            hyper: Hyper { lr, beta1, beta2, eps, weight_decay, decay, nonfinite },
-            lr_on_device,
+    let flags = (any::<bool>(), any::<bool>());
+    // of the loss: usual ones, and those whose inverse is subnormal, infinite, or no number
+    let scale = vec![65_536.0, 3.0, 1e-3, f32::MAX, 1e-40, 0.0, -2.0, f32::INFINITY, f32::NAN];
+    let scale = prop::option::of(prop::sample::select(scale));
+    let found = prop::option::of(prop::sample::select(vec![0.0, -0.0, 0.0, 1.0, f32::NAN]));
+    (rates, beta.clone(), beta, decay, nonfinite, flags, scale, found).prop_map(
+        |(rates, beta1, beta2, decay, nonfinite, flags, grad_scale, found_inf)| {
+            let ((lr, eps, weight_decay), (lr_on_device, maximize)) = (rates, flags);
+            let hyper = Hyper { lr, beta1, beta2, eps, weight_decay, decay, nonfinite, maximize };
+            Group { hyper, lr_on_device, grad_scale, found_inf }
         },
     )
 }
@@ -377,7 +432,7 @@ proptest! {
             .into_iter()
             .map(|place| {
                 let pairing = pairings[numbers.below(9)];
-                let format = FORMATS[numbers.below(2)];
+                let format = FORMATS[numbers.below(FORMATS.len())];
                 let mut tensor = numbers.tensor(Kind::Adversarial, place, pairing, format);
                 tensor.group = numbers.below(3);
                 tensor

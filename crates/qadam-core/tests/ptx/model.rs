@@ -4,8 +4,7 @@
 use qadam_core::cpu::{self, Backend};
 use qadam_core::rule::Coefficients;
 use qadam_core::{
-    DType, Decay, Hyper, Moments8, Moments32, NonFinite, RawState, StateFormat, TensorStep, Walk,
-    bf16, f16,
+    DType, Decay, Hyper, NonFinite, RawState, StateCode, StateFormat, TensorStep, Walk, bf16, f16,
 };
 
 use crate::device::{Gpu, PTX};
@@ -129,7 +128,7 @@ pub struct Tensor {
     /// How many steps it has had.
     pub step: f32,
     pub param: Buffer,
-    /// `exp_avg` and `exp_avg_sq`; or codes and scales of the first, then of the second.
+    /// In the format's order.
     pub state: Vec<Buffer>,
 }
 
@@ -138,11 +137,15 @@ pub struct Group {
     pub hyper: Hyper,
     /// Whether the kernel finds the learning rate behind `lr_address`.
     pub lr_on_device: bool,
+    /// What the kernel finds behind `grad_scale`.
+    pub grad_scale: Option<f32>,
+    /// What the kernel finds behind `found_inf`.
+    pub found_inf: Option<f32>,
 }
 
 impl From<Hyper> for Group {
     fn from(hyper: Hyper) -> Self {
-        Self { hyper, lr_on_device: false }
+        Self { hyper, lr_on_device: false, grad_scale: None, found_inf: None }
     }
 }
 
@@ -153,8 +156,21 @@ impl Group {
         Hyper { lr, ..self.hyper }
     }
 
+    /// Whether a step is not to be taken.
+    fn is_off(&self) -> bool {
+        self.found_inf.is_some_and(|found| found != 0.0)
+    }
+
+    fn coefficients(&self, t: u64) -> Coefficients {
+        let coefficients = Coefficients::new(&self.effective(), t);
+        match self.grad_scale {
+            Some(scale) => coefficients.with_grad_scale(scale),
+            None => coefficients,
+        }
+    }
+
     pub fn table(&self, gpu: &mut Gpu) -> layout::Hyper {
-        let Hyper { lr, beta1, beta2, eps, weight_decay, decay, nonfinite } = self.hyper;
+        let Hyper { lr, beta1, beta2, eps, weight_decay, decay, nonfinite, maximize } = self.hyper;
         let (lr, lr_address) =
             if self.lr_on_device { (f64::NAN, gpu.upload(&[lr as f32])) } else { (lr, 0) };
         layout::Hyper {
@@ -164,8 +180,12 @@ impl Group {
             eps,
             weight_decay,
             lr_address,
+            grad_scale: self.grad_scale.map_or(0, |scale| gpu.upload(&[scale])),
+            found_inf: self.found_inf.map_or(0, |found| gpu.upload(&[found])),
             decoupled: (decay == Decay::Decoupled).into(),
             propagate: (nonfinite == NonFinite::Propagate).into(),
+            maximize: maximize.into(),
+            unused: 0,
         }
     }
 }
@@ -205,7 +225,7 @@ pub fn compare(tensors: &[Tensor], steps: &[Step], chunk: usize) {
                     ptx.0,
                     tensor.param_dtype.name(),
                     tensor.grad_dtype.name(),
-                    tensor.format.name(),
+                    tensor.format,
                     tensor.place,
                 );
                 device.assert_equal(tensor, &mut gpu, &what);
@@ -222,18 +242,13 @@ pub fn step_on_cpu(tensors: &mut [Tensor], step: &Step) -> u64 {
         let place = &tensor.place;
         assert_eq!(tensor.param.len, place.param_span() * tensor.param_dtype.size());
         assert_eq!(grad.len, place.grad_span() * tensor.grad_dtype.size());
-        let hyper = step.groups[tensor.group].effective();
-        let coefficients = Coefficients::new(&hyper, tensor.step as u64 + 1);
-        let state = match &mut tensor.state[..] {
-            [m, v] => RawState::F32(Moments32 { m: m.pointer(), v: v.pointer() }),
-            [m_code, m_scale, v_code, v_scale] => RawState::Dynamic8(Moments8 {
-                m_code: m_code.pointer(),
-                m_scale: m_scale.pointer(),
-                v_code: v_code.pointer(),
-                v_scale: v_scale.pointer(),
-            }),
-            _ => unreachable!("two or four buffers"),
-        };
+        let group = step.groups[tensor.group];
+        if group.is_off() {
+            continue;
+        }
+        let coefficients = group.coefficients(tensor.step as u64 + 1);
+        let pointers = tensor.state.iter_mut().map(Buffer::pointer::<u8>);
+        let state = RawState::from_buffers(tensor.format, pointers).unwrap();
         // SAFETY: the buffers have the lengths of the place, as just asserted, and nobody else has
         // them.
         nonfinite += unsafe {
@@ -254,6 +269,17 @@ pub fn step_on_cpu(tensors: &mut [Tensor], step: &Step) -> u64 {
     nonfinite
 }
 
+/// The addresses of buffers in a format's order, as the kernel's tensor has them: three moments, then
+/// their scales; 0 for what is not there.
+pub fn moments(format: StateFormat, buffers: &[u64]) -> [u64; 6] {
+    assert_eq!(buffers.len(), format.buffers(0).len());
+    let at = |i: usize| buffers.get(i).copied().unwrap_or(0);
+    match format.code {
+        StateCode::F32 => [at(0), at(1), at(2), 0, 0, 0],
+        StateCode::Dynamic8 => [at(0), at(2), at(4), at(1), at(3), at(5)],
+    }
+}
+
 /// Addresses.
 struct OnDevice {
     step: u64,
@@ -271,23 +297,21 @@ impl OnDevice {
     }
 
     fn table(&self, tensor: &Tensor) -> layout::Tensor {
-        let [m, m_scale, v, v_scale] = match self.state[..] {
-            [m, v] => [m, 0, v, 0],
-            [m, m_scale, v, v_scale] => [m, m_scale, v, v_scale],
-            _ => unreachable!("two or four buffers"),
-        };
+        let [m, v, max_v, m_scale, v_scale, max_v_scale] = moments(tensor.format, &self.state);
         layout::Tensor {
             param: self.param + (tensor.place.shift.0 * tensor.param_dtype.size()) as u64,
             m,
             v,
             m_scale,
             v_scale,
+            max_v,
+            max_v_scale,
             step: self.step,
             len: tensor.place.len() as u64,
             hyper: tensor.group as u32,
             param_dtype: tensor.param_dtype as u32,
             grad_dtype: tensor.grad_dtype as u32,
-            is_8bit: (tensor.format == StateFormat::Dynamic8).into(),
+            is_8bit: (tensor.format.code == StateCode::Dynamic8).into(),
         }
     }
 
@@ -330,7 +354,8 @@ fn step_on_gpu(
             } else {
                 (SCALAR, 0)
             };
-            Grad { address, strides, access, unused: 0 }
+            let guarded = step.groups[tensors[i].group].found_inf.is_some();
+            Grad { address, strides, access, guarded: guarded.into() }
         })
         .collect();
     gpu.step((&table, &hypers), &grads, &chunks(tensors, chunk))

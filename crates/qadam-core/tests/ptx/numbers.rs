@@ -1,7 +1,6 @@
 //! Numbers to try: ordinary ones mostly, with every kind of trouble among them.
 
-use qadam_core::codec::BLOCK;
-use qadam_core::{DType, StateFormat};
+use qadam_core::{DType, StateFormat, StateType};
 
 use crate::model::{Buffer, Place, Tensor, encode};
 
@@ -92,22 +91,20 @@ impl Numbers {
     ) -> Tensor {
         let len = place.len();
         let param = Buffer::new(&self.elements(kind, param_dtype, place.param_span()));
-        let state = match format {
-            StateFormat::F32 => {
-                let m = Buffer::floats(&self.floats(kind, len));
-                let v = self.floats(kind, len).into_iter();
-                let v = v.map(|x| if kind == Kind::Ordinary { x * x } else { x });
-                vec![m, Buffer::floats(&v.collect::<Vec<_>>())]
+        let state = format.buffers(len).into_iter().map(|spec| {
+            if spec.dtype == StateType::U8 {
+                let codes: Vec<u8> = (0..spec.len).map(|_| self.bits() as u8).collect();
+                return Buffer::new(&codes);
             }
-            StateFormat::Dynamic8 => (0..2)
-                .flat_map(|_| {
-                    let codes: Vec<u8> = (0..len).map(|_| self.bits() as u8).collect();
-                    let scales = self.floats(kind, len.div_ceil(BLOCK)).into_iter();
-                    let scales = scales.map(|x| if kind == Kind::Ordinary { x.abs() } else { x });
-                    [Buffer::new(&codes), Buffer::floats(&scales.collect::<Vec<_>>())]
-                })
-                .collect(),
-        };
+            let values = self.floats(kind, spec.len).into_iter().map(|x| match spec.name {
+                "exp_avg" => x,
+                // second moments and scales
+                _ if kind == Kind::Ordinary => x * x,
+                _ => x,
+            });
+            Buffer::floats(&values.collect::<Vec<_>>())
+        });
+        let state = state.collect();
         let step = self.below(50) as f32;
         Tensor { place, param_dtype, grad_dtype, format, group: 0, step, param, state }
     }

@@ -81,6 +81,7 @@ impl Group {
                 weight_decay: get(intern!(py, "weight_decay"))?,
                 decay,
                 nonfinite,
+                maximize: false,
             },
             lr_address,
         })

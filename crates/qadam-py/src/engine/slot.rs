@@ -5,10 +5,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
 use qadam_core::cuda::DeviceState;
-use qadam_core::{
-    BufferSpec, DType, Moments8, Moments32, Per, RawState, StateFormat, StateType, Walk,
-    is_dense_like,
-};
+use qadam_core::{BufferSpec, DType, Per, RawState, StateFormat, StateType, Walk, is_dense_like};
 
 use crate::tensor::{Device, Tensor, Torch, is_freed, is_negated};
 
@@ -54,7 +51,7 @@ impl Slot {
         entry: &Bound<'_, PyDict>,
     ) -> PyResult<Self> {
         let format =
-            if entry.contains("exp_avg_code")? { StateFormat::Dynamic8 } else { StateFormat::F32 };
+            if entry.contains("exp_avg_code")? { StateFormat::DYNAMIC8 } else { StateFormat::F32 };
         let (shape, strides) = param.geometry()?;
         let mut moments = Vec::new();
         for spec in format.buffers(walk.len()) {
@@ -79,19 +76,9 @@ impl Slot {
 
     /// The state's addresses, as the core wants them on a device.
     pub fn device_state(&self) -> DeviceState {
-        match self.raw() {
-            RawState::F32(Moments32 { m, v }) => {
-                DeviceState::F32 { m: address(m.addr()), v: address(v.addr()) }
-            }
-            RawState::Dynamic8(Moments8 { m_code, m_scale, v_code, v_scale }) => {
-                DeviceState::Dynamic8 {
-                    m_code: address(m_code.addr()),
-                    m_scale: address(m_scale.addr()),
-                    v_code: address(v_code.addr()),
-                    v_scale: address(v_scale.addr()),
-                }
-            }
-        }
+        let addresses = self.moments.iter().map(|moment| address(moment.pointer));
+        DeviceState::from_buffers(self.format, addresses)
+            .expect("`Slot::new` makes as many tensors as the format has")
     }
 
     /// Addresses and sizes of the parameter and its state.
@@ -103,20 +90,9 @@ impl Slot {
 
     /// The state's addresses, as the core wants them.
     pub fn raw(&self) -> RawState {
-        match (self.format, &self.moments[..]) {
-            (StateFormat::F32, [m, v]) => {
-                RawState::F32(Moments32 { m: m.pointer as *mut f32, v: v.pointer as *mut f32 })
-            }
-            (StateFormat::Dynamic8, [m_code, m_scale, v_code, v_scale]) => {
-                RawState::Dynamic8(Moments8 {
-                    m_code: m_code.pointer as *mut u8,
-                    m_scale: m_scale.pointer as *mut f32,
-                    v_code: v_code.pointer as *mut u8,
-                    v_scale: v_scale.pointer as *mut f32,
-                })
-            }
-            _ => unreachable!("`Slot::new` makes as many tensors as the format has"),
-        }
+        let pointers = self.moments.iter().map(|moment| moment.pointer as *mut u8);
+        RawState::from_buffers(self.format, pointers)
+            .expect("`Slot::new` makes as many tensors as the format has")
     }
 
     /// Whether everything is where it was when the slot was made.

@@ -348,6 +348,8 @@ impl Tensors {
                 step: slot.count.pointer as u64,
                 hyper,
                 lr_address,
+                grad_scale: None,
+                found_inf: None,
             };
             waves[slot.wave].cuda.entry(device).or_default().push(step, position);
         }
