@@ -517,7 +517,6 @@ __device__ __forceinline__ int step_block(
     } else {
         u32 kept;
         nonfinite = block.average(g, c, desk.factor, place.len, kept);
-        if (nonfinite == place.len && !c.propagate) return nonfinite;
         // The largest second moments come in the registers of the gradients, which are of no more use.
         // Second moments proper are stored at once, and leave theirs to the largest.
         load_second_moment(g, desk.max_v, tensor.is_8bit, place, tables);
@@ -529,7 +528,9 @@ __device__ __forceinline__ int step_block(
         }
         if (nonfinite > 0 && tensor.is_8bit) make_finite(block.v);
         bool keep = nonfinite > 0 && !c.propagate;
-        store_second_moment(block.v, desk.v, tensor.is_8bit, place, tables, keep);
+        if (!keep || nonfinite < place.len) {
+            store_second_moment(block.v, desk.v, tensor.is_8bit, place, tables, keep);
+        }
 #pragma unroll
         for (int i = 0; i < LANE; i++) block.v[i] = g[i];
         block.move(c, kept);

@@ -133,6 +133,24 @@ vector_float!(f32, load, store);
 vector_float!(bf16, load_bf16, store_bf16);
 vector_float!(f16, load_f16, store_f16);
 
+/// What makes a gradient effective. Usually it is nothing, for which there is one test, not two.
+#[derive(Clone, Copy)]
+enum Gradient {
+    AsItIs,
+    Multiplied,
+    MultipliedAndDecayed,
+}
+
+impl Gradient {
+    const fn of(c: &Coefficients) -> Self {
+        match (c.l2 == 0.0, c.factor == 1.0) {
+            (true, true) => Self::AsItIs,
+            (true, false) => Self::Multiplied,
+            (false, _) => Self::MultipliedAndDecayed,
+        }
+    }
+}
+
 /// [`Coefficients`] in every lane.
 #[derive(Clone, Copy)]
 struct Splat<L: Lanes> {
@@ -143,7 +161,7 @@ struct Splat<L: Lanes> {
     l2: L::F,
     shrink: L::F,
     factor: L::F,
-    has_l2: bool,
+    gradient: Gradient,
     has_shrink: bool,
     propagate: bool,
 }
@@ -161,7 +179,7 @@ impl<L: Lanes> Splat<L> {
                 l2: L::splat(c.l2),
                 shrink: L::splat(c.shrink),
                 factor: L::splat(c.factor),
-                has_l2: c.l2 != 0.0,
+                gradient: Gradient::of(c),
                 has_shrink: c.shrink != 0.0,
                 propagate: c.propagate,
             }
@@ -189,8 +207,11 @@ unsafe fn update<L: Lanes, const AMSGRAD: bool>(
 ) -> (Elements<L>, usize) {
     // SAFETY: the caller enables the instruction set.
     unsafe {
-        let g = L::mul(g, c.factor);
-        let g = if c.has_l2 { L::fma(c.l2, e.p, g) } else { g };
+        let g = match c.gradient {
+            Gradient::AsItIs => g,
+            Gradient::Multiplied => L::mul(g, c.factor),
+            Gradient::MultipliedAndDecayed => L::fma(c.l2, e.p, L::mul(g, c.factor)),
+        };
         let limit = L::splat(GRADIENT_LIMIT);
         if L::all(L::at_most(L::abs(g), limit)) {
             return (updated::<L, AMSGRAD>(e, g, c), L::N);

@@ -1,11 +1,11 @@
 //! The device gives the CPU's bits.
 
 use cudarc::driver::result;
-use qadam_core::cuda::{Launcher, availability};
+use qadam_core::cuda::{DeviceStep, Launcher, availability};
 use qadam_core::{DType, Hyper, NonFinite, StateFormat};
 
 use crate::device::{Stream, leaks, soft, use_device};
-use crate::model::{Model, Param};
+use crate::model::{Buffer, Model, Param};
 
 #[test]
 fn a_mixed_model_steps_as_on_the_cpu() {
@@ -71,6 +71,85 @@ fn nonfinite_values_propagate_if_asked() {
         want.step();
         got.model.assert_same(&want, "propagated");
     }
+}
+
+/// The steps, with a scale and a `found_inf` that the device reads.
+fn with_amp(steps: Vec<DeviceStep>, scale: &Buffer, found: &Buffer) -> Vec<DeviceStep> {
+    let (grad_scale, found_inf) = (Some(scale.address()), Some(found.address()));
+    steps.into_iter().map(|step| DeviceStep { grad_scale, found_inf, ..step }).collect()
+}
+
+#[test]
+fn the_device_reads_the_scale_and_takes_no_step_where_infinities_were_found() {
+    let soft = soft();
+    let mut want = Model::mixed();
+    for param in want.0.iter_mut().step_by(3) {
+        param.hyper.maximize = true;
+    }
+    let mut got = want.on_device(&soft, 0);
+    let mut launcher = Launcher::new(0).unwrap();
+    let (mut scale, mut found) = (Buffer::new(4, 0), Buffer::new(4, 0));
+    for buffer in [&mut scale, &mut found] {
+        assert_eq!(soft.adopt(buffer.bytes_mut(), 0), 0);
+    }
+    let mut nonfinite = 0;
+    for (round, (s, inf)) in
+        [(1024.0, 0.0), (512.0, 1.0), (512.0, -0.0), (3.0, f32::NAN), (0.0, 0.0), (0.1, 0.0)]
+            .into_iter()
+            .enumerate()
+    {
+        scale.set_f32(s);
+        found.set_f32(inf);
+        let steps = with_amp(got.model.device_steps(), &scale, &found);
+        soft.clear();
+        // SAFETY: the model's memory is the device's; the stand-in is done when it returns.
+        let first = unsafe {
+            launcher.step(&steps, 0).unwrap();
+            assert_eq!(soft.syncs(), 0);
+            launcher.count_nonfinite(&steps, 0).unwrap()
+        };
+        want.set_grad_scale(s);
+        if inf == 0.0 {
+            nonfinite += want.step();
+            assert_eq!(first, want.count_nonfinite(), "round {round}");
+        } else {
+            assert_eq!(first, None, "round {round}");
+        }
+        got.model.assert_same(&want, &format!("round {round}"));
+        assert_eq!(launcher.nonfinite(), nonfinite);
+        for model in [&mut want, &mut got.model] {
+            model.refill_grads(round as u64);
+        }
+    }
+    drop(launcher);
+    soft.unadopt(scale.address());
+    soft.unadopt(found.address());
+    assert_eq!(soft.text("softgpu_findings"), "");
+}
+
+#[test]
+fn some_tensors_can_be_left_out_by_the_device_and_others_not() {
+    let soft = soft();
+    let mut want = Model::small(9);
+    let got = want.on_device(&soft, 0);
+    let mut launcher = Launcher::new(0).unwrap();
+    let mut found = Buffer::new(4, 0);
+    found.set_f32(1.0);
+    assert_eq!(soft.adopt(found.bytes_mut(), 0), 0);
+    let mut steps = got.model.device_steps();
+    for step in steps.iter_mut().skip(1).step_by(2) {
+        step.found_inf = Some(found.address());
+    }
+    // SAFETY: as above.
+    unsafe { launcher.step(&steps, 0).unwrap() };
+    for param in want.0.iter_mut().skip(1).step_by(2) {
+        param.has_grad = false;
+    }
+    let nonfinite = want.step();
+    got.model.assert_same(&want, "every other tensor");
+    assert_eq!(launcher.nonfinite(), nonfinite);
+    drop(launcher);
+    soft.unadopt(found.address());
 }
 
 #[test]

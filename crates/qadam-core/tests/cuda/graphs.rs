@@ -80,6 +80,49 @@ fn replays_follow_the_learning_rate_and_survive_other_steps() {
 }
 
 #[test]
+fn replays_follow_the_scale_of_the_loss_and_leave_out_steps() {
+    let soft = soft();
+    use_device(0);
+    let stream = Stream::new();
+    {
+        let (mut scale, mut found) = (Buffer::new(4, 0), Buffer::new(4, 0));
+        scale.set_f32(1.0);
+        for buffer in [&mut scale, &mut found] {
+            assert_eq!(soft.adopt(buffer.bytes_mut(), 0), 0);
+        }
+        let mut want = Model::small(8);
+        let got = want.on_device(&soft, 0);
+        let mut launcher = Launcher::new(0).unwrap();
+        let (grad_scale, found_inf) = (Some(scale.address()), Some(found.address()));
+        let steps = got.model.device_steps().into_iter();
+        let steps: Vec<_> =
+            steps.map(|step| DeviceStep { grad_scale, found_inf, ..step }).collect();
+        launcher.reserve(&steps, 1).unwrap();
+        let graph = stream.capture(|| {
+            // SAFETY: as above.
+            unsafe { launcher.step(&steps, stream.handle()).unwrap() };
+        });
+        let graph = graph.unwrap();
+        for (s, inf) in [(64.0, 0.0), (128.0, 1.0), (32.0, 0.0)] {
+            scale.set_f32(s);
+            found.set_f32(inf);
+            graph.replay(stream);
+            if inf == 0.0 {
+                want.set_grad_scale(s);
+                want.step();
+            }
+            got.model.assert_same(&want, &format!("scale {s}, found {inf}"));
+        }
+        drop(graph);
+        drop(launcher);
+        soft.unadopt(scale.address());
+        soft.unadopt(found.address());
+    }
+    stream.destroy();
+    assert_eq!(soft.text("softgpu_findings"), "");
+}
+
+#[test]
 fn memory_for_captures_is_taken_before() {
     let soft = soft();
     use_device(0);

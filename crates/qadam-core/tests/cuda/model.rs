@@ -116,6 +116,8 @@ pub struct Param {
     pub format: StateFormat,
     pub walk: Walk,
     pub hyper: Hyper,
+    /// What the CPU divides gradients by.
+    pub grad_scale: f32,
     pub p: Buffer,
     pub g: Buffer,
     pub has_grad: bool,
@@ -154,7 +156,19 @@ impl Param {
             buffer
         });
         let (state, step) = (state.collect(), Buffer::new(4, 0));
-        Self { dtype, grad_dtype, format, walk, hyper, p, g, has_grad: true, state, step }
+        Self {
+            dtype,
+            grad_dtype,
+            format,
+            walk,
+            hyper,
+            grad_scale: 1.0,
+            p,
+            g,
+            has_grad: true,
+            state,
+            step,
+        }
     }
 
     pub fn flat(kind: (DType, DType, StateFormat), len: usize, seed: &mut u64) -> Self {
@@ -193,7 +207,7 @@ impl Param {
                 (self.g.pointer(), self.grad_dtype),
                 self.walk.clone(),
                 state,
-                Coefficients::new(&self.hyper, t),
+                Coefficients::new(&self.hyper, t).with_grad_scale(self.grad_scale),
             )
         }
     }
@@ -279,6 +293,10 @@ impl Model {
 
     pub fn set_lr(&mut self, lr: f64) {
         self.0.iter_mut().for_each(|param| param.hyper.lr = lr);
+    }
+
+    pub fn set_grad_scale(&mut self, scale: f32) {
+        self.0.iter_mut().for_each(|param| param.grad_scale = scale);
     }
 
     /// New gradients, the same for every copy of the model.
