@@ -63,6 +63,7 @@ def frozen(optimizer):
     state = {
         places.get(id(p), id(p)): {key: fingerprint(value) for key, value in entry.items()}
         for p, entry in optimizer.state.items()
+        if isinstance(entry, dict)
     }
     options = [
         {key: value for key, value in group.items() if key != "params"}

@@ -265,3 +265,18 @@ def test_state_outlives_its_optimizer_and_is_freed_with_its_last_tensor(device, 
     del last
     gc.collect()
     assert json.loads(software.text("softgpu_leaks"))["managed_bytes"] == before
+
+
+def test_the_gradient_scalers_word_is_read_on_the_device(device, software):
+    params, optimizer = five_hundred(device)
+    optimizer.step()
+    for found in (0.0, 1.0):
+        optimizer.grad_scale = torch.tensor(1024.0, device=device)
+        optimizer.found_inf = torch.tensor(found, device=device)
+        before = [p.detach().clone() for p in params]
+        software.clear()
+        optimizer.step()
+        assert software.syncs() == 0
+        stayed = [same_bits(p.detach(), b) for p, b in zip(params, before, strict=True)]
+        assert all(stayed) if found else not any(stayed)
+        assert float(optimizer.state[params[0]]["step"]) == 2

@@ -155,13 +155,6 @@ def test_an_element_that_is_skipped_for_long_keeps_its_state():
         assert state_values(optimizer.state[p], name)[0].item() == value, name
 
 
-def test_an_adamw_of_ours_is_not_loaded_as_an_adam():
-    p = Parameter(torch.ones(3))
-    saved = qadam.AdamW([p]).state_dict()
-    with pytest.raises(NotImplementedError, match="AdamW"):
-        qadam.Adam([p]).load_state_dict(saved)
-
-
 @pytest.mark.parametrize(
     "change",
     [

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from qadam import _core
-from qadam.state import Entry, Pages
+from qadam import _core, layout
+from qadam.state import Entry, Format, Pages
 
 LEAST = 100_000
 """Elements that a parameter must have for its state to be paged: moving less is not worth it."""
@@ -18,8 +18,8 @@ Memory = dict[str, dict[str, int]]
 """Bytes by tier ("device", "managed", "host", "mapped") and use ("state", "scales", "work")."""
 
 
-def allocate(wanted: Sequence[tuple[Tensor, int]]) -> list[Pages | None]:
-    """Paged memory, one arena a device, for parameters and the width in bits of their state.
+def allocate(wanted: Sequence[tuple[Tensor, Format]]) -> list[Pages | None]:
+    """Paged memory, one arena a device, for parameters whose state is stored so.
 
     Parameters of fewer than :data:`LEAST` elements get None: their state is not paged.
 
@@ -33,7 +33,7 @@ def allocate(wanted: Sequence[tuple[Tensor, int]]) -> list[Pages | None]:
         if param.numel() >= LEAST:
             devices[param.device].append(position)
     for positions in devices.values():
-        sizes = [(wanted[position][0].numel(), wanted[position][1]) for position in positions]
+        sizes = [(param.numel(), *stored) for param, stored in map(wanted.__getitem__, positions)]
         made = _core.page_state(wanted[positions[0]][0], sizes)
         for position, of_param in zip(positions, made, strict=True):
             pages[position] = of_param
@@ -48,8 +48,9 @@ def check(params: Iterable[Tensor]) -> None:
 
 def is_paged(entry: Entry) -> bool:
     """Whether a parameter's state is paged."""
-    tensors = (value for key, value in entry.items() if key.startswith("exp_avg"))
-    return any(isinstance(t, Tensor) and _core.memory_tier(t)[1] is not None for t in tensors)
+    tensors = (value for key, value in entry.items() if str(key).startswith("exp_avg"))
+    tensors = (t for t in tensors if isinstance(t, Tensor) and layout.lacks(t) is None)
+    return any(_core.memory_tier(t)[1] is not None for t in tensors)
 
 
 def memory(entries: Iterable[Entry], device_work: int, host_work: int) -> Memory:
@@ -61,9 +62,9 @@ def memory(entries: Iterable[Entry], device_work: int, host_work: int) -> Memory
     arenas: dict[int, tuple[str, int]] = {}
     for entry in entries:
         for key, value in entry.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and layout.lacks(value) is None:
                 tier, arena = _core.memory_tier(value)
-                taken[tier]["scales" if key.endswith("_scale") else "state"] += value.nbytes
+                taken[tier]["scales" if str(key).endswith("_scale") else "state"] += value.nbytes
                 if arena is not None:
                     arenas[arena[0]] = (tier, arena[1])
     for tier in ("managed", "mapped"):  # what the arenas have besides

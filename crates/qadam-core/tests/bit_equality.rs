@@ -103,6 +103,30 @@ struct Rule {
     hyper: Hyper,
     format: StateFormat,
     grad_scale: f32,
+    /// Whether the state comes from elsewhere, and is any that could be loaded.
+    foreign: bool,
+}
+
+/// State that no steps of this optimizer have made: a block's largest code may be any.
+fn foreign(format: StateFormat, len: usize) -> State {
+    let hash = |i: usize| i.wrapping_mul(2_654_435_761).wrapping_add(len) >> 7;
+    let value = |i: usize| [0.0, 1e-45, 1e-30, 0.3, 1.0, 7e7, 1e30, f32::MAX][hash(i) % 8];
+    let mut state = State::zeros(format, len);
+    match &mut state {
+        State::F32 { exp_avg, exp_avg_sq, max_exp_avg_sq } => {
+            for (k, moment) in [exp_avg, exp_avg_sq].into_iter().chain(max_exp_avg_sq).enumerate() {
+                moment.iter_mut().enumerate().for_each(|(i, x)| *x = value(3 * i + k));
+            }
+        }
+        State::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq } => {
+            for (k, moment) in [exp_avg, exp_avg_sq].into_iter().chain(max_exp_avg_sq).enumerate() {
+                let codes = moment.code.iter_mut().enumerate();
+                codes.for_each(|(i, code)| *code = (hash(3 * i + k) % 200) as u8);
+                moment.scale.iter_mut().enumerate().for_each(|(i, x)| *x = value(3 * i + k));
+            }
+        }
+    }
+    state
 }
 
 /// Everything a run leaves behind: parameter bits, state bits, non-finite counts.
@@ -110,7 +134,7 @@ type Outcome = (Vec<u32>, Vec<u32>, Vec<usize>);
 
 fn train<P: Bits, G: Bits>(
     (backend, threads): (Backend, usize),
-    Rule { hyper, format, grad_scale }: Rule,
+    Rule { hyper, format, grad_scale, foreign: is_foreign }: Rule,
     params: &[f32],
     grads: &[Vec<f32>],
 ) -> Outcome
@@ -121,6 +145,9 @@ where
     let adam = Adam::new(hyper, format).unwrap().with_threads(threads);
     let mut adam = adam.with_backend(backend).unwrap();
     let id = adam.add(params.len());
+    if is_foreign {
+        adam.load_state(id, foreign(format, params.len()), 5).unwrap();
+    }
     let mut p: Vec<P> = params.iter().map(|&x| P::from_f32(x)).collect();
     let mut counts = Vec::new();
     for grad in grads {
@@ -167,9 +194,10 @@ proptest! {
         hyper in hypers(),
         format in prop::sample::select(FORMATS.to_vec()),
         grad_scale in scales(),
+        foreign in any::<bool>(),
         pairing in prop::sample::select(PAIRINGS.to_vec()),
     ) {
-        let rule = Rule { hyper, format, grad_scale };
+        let rule = Rule { hyper, format, grad_scale, foreign };
         let want = pairing((Backend::Scalar, 1), rule, &params, &grads);
         for backend in Backend::available() {
             let got = pairing((backend, 1), rule, &params, &grads);
@@ -187,7 +215,8 @@ proptest! {
         pairing in prop::sample::select(PAIRINGS.to_vec()),
     ) {
         let run = |maximize, grads: &[Vec<f32>]| {
-            let rule = Rule { hyper: Hyper { maximize, ..hyper }, format, grad_scale: 1.0 };
+            let hyper = Hyper { maximize, ..hyper };
+            let rule = Rule { hyper, format, grad_scale: 1.0, foreign: false };
             pairing((backend, 1), rule, &params, grads)
         };
         let negated: Vec<Vec<f32>> =
@@ -206,7 +235,7 @@ proptest! {
     ) {
         let scale = 2_f32.powi(exponent);
         let run = |grad_scale, grads: &[Vec<f32>]| {
-            let rule = Rule { hyper, format, grad_scale };
+            let rule = Rule { hyper, format, grad_scale, foreign: false };
             train::<f32, f32>((backend, 1), rule, &params, grads)
         };
         let divided: Vec<Vec<f32>> =
@@ -228,7 +257,7 @@ fn thread_counts_agree() {
         (2..5).map(|salt| (0..len).map(|i| number(i, salt)).collect()).collect();
     for format in FORMATS {
         for pairing in PAIRINGS {
-            let rule = Rule { hyper: Hyper::adamw(), format, grad_scale: 0.1 };
+            let rule = Rule { hyper: Hyper::adamw(), format, grad_scale: 0.1, foreign: false };
             let want = pairing((Backend::Scalar, 1), rule, &params, &grads);
             for backend in Backend::available() {
                 for threads in 1..=8 {

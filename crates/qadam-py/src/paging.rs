@@ -80,18 +80,22 @@ pub fn check_paging(like: &Bound<'_, PyAny>) -> PyResult<()> {
     checked.map_err(|error| to_python(&error))
 }
 
-/// Paged memory for the state of parameters on `like`'s device: for each pair of a length in
-/// elements and a width in bits, uint8 vectors under the names of its buffers. In a file they are
+/// Paged memory for the state of parameters on `like`'s device: for each length in elements, width in
+/// bits and whether there is AMSGrad's moment, uint8 vectors under the names of its buffers. In a file they are
 /// zero, in managed memory arbitrary.
 #[pyfunction]
 pub fn page_state<'py>(
     py: Python<'py>,
     like: &Bound<'py, PyAny>,
-    params: Vec<(usize, u32)>,
+    params: Vec<(usize, u32, bool)>,
 ) -> PyResult<Vec<Bound<'py, PyDict>>> {
     let device = device_of(like)?;
-    let format = |bits| if bits == 8 { StateFormat::DYNAMIC8 } else { StateFormat::F32 };
-    let params: Vec<_> = params.into_iter().map(|(len, bits)| (format(bits), len)).collect();
+    let format = |bits, amsgrad| {
+        let code = if bits == 8 { StateFormat::DYNAMIC8 } else { StateFormat::F32 };
+        code.with_amsgrad(amsgrad)
+    };
+    let params: Vec<_> =
+        params.into_iter().map(|(len, bits, amsgrad)| (format(bits, amsgrad), len)).collect();
     let arena = py.detach(|| Arena::new(device, &params)).map_err(|error| to_python(&error))?;
     let mut made = Vec::with_capacity(params.len());
     for (&(format, len), buffers) in params.iter().zip(arena.extents().buffers()) {

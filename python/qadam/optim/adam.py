@@ -35,7 +35,9 @@ class Adam(QAdam):
         eps: added to the denominator, at least 0.
         weight_decay: weight decay added to the gradient, at least 0 (as ``torch.optim.Adam``;
             ``bitsandbytes.optim.Adam`` decouples it: for that use AdamW).
-        amsgrad: not implemented yet.
+        amsgrad: whether to divide by the largest second moment so far (Reddi, Kale and Kumar, *On
+            the Convergence of Adam and Beyond*, 2018), which is a third moment in the state: half
+            as many bytes more.
         optim_bits: 32 or 8, the width of the state. Where the class's name says it, the default
             stands for that width and any other contradiction is an error.
         args: an object whose attributes ``optim_bits``, ``min_8bit_size``, ``percentile_clipping``
@@ -52,6 +54,11 @@ class Adam(QAdam):
             of the parameter and of the state as it is, counts it in ``nonfinite_count`` and warns
             the first time. ``"propagate"`` does as torch: the parameter becomes NaN. ``"raise"``
             raises a ``RuntimeError`` before anything is written.
+        maximize: whether to go up the gradient.
+        foreach, fused, capturable: accepted, as torch has them, and of no effect: a step is always
+            fused, and always capturable.
+        differentiable: False; steps run outside autograd.
+        decoupled_weight_decay: whether the decay is AdamW's.
 
     Raises:
         ValueError: for a value out of range, naming the argument, the value and what is accepted.
@@ -78,6 +85,12 @@ class Adam(QAdam):
         is_paged: bool = False,
         *,
         nonfinite: str = "skip",
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -93,6 +106,12 @@ class Adam(QAdam):
             block_wise=block_wise,
             is_paged=is_paged,
             nonfinite=nonfinite,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from qadam import _core, overrides, paging
+from qadam import _core, interop, layout, overrides, paging
 from qadam import state as qstate
 
 Group = dict[str, Any]
@@ -44,6 +44,12 @@ class QAdam(Optimizer):
         block_wise: bool,
         is_paged: bool,
         nonfinite: str,
+        maximize: bool,
+        foreach: bool | None,
+        capturable: bool,
+        differentiable: bool,
+        fused: bool | None,
+        decoupled_weight_decay: bool = False,
     ) -> None:
         own = {"optim_bits": optim_bits, "min_8bit_size": min_8bit_size}
         own |= {"percentile_clipping": percentile_clipping, "block_wise": block_wise}
@@ -52,7 +58,6 @@ class QAdam(Optimizer):
         self._bits = self._resolve_bits(own["optim_bits"])
         self._check_options(own)
         self._min_8bit_size = own["min_8bit_size"]
-        self._refuse_later(("amsgrad", amsgrad, bool(amsgrad)))
         self._paged = bool(is_paged) or self._class_paged
         if nonfinite not in ("skip", "propagate", "raise"):
             msg = f'nonfinite must be "skip", "propagate" or "raise", got {nonfinite!r}'
@@ -60,9 +65,12 @@ class QAdam(Optimizer):
         self._nonfinite = nonfinite
         self._engine = _core.Engine(self._decoupled, nonfinite)
         self._nonfinite_count = 0
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"amsgrad": bool(amsgrad), "maximize": bool(maximize), "foreach": foreach}
+        defaults |= {"capturable": capturable, "differentiable": differentiable, "fused": fused}
         # as torch has it: a saved AdamW is not taken for an Adam
-        super().__init__(params, {**defaults, "decoupled_weight_decay": self._decoupled})
+        defaults["decoupled_weight_decay"] = self._decoupled or bool(decoupled_weight_decay)
+        super().__init__(params, defaults)
 
     def _resolve_bits(self, optim_bits: int) -> int:
         if optim_bits not in (8, 32):
@@ -122,34 +130,17 @@ class QAdam(Optimizer):
 
     def _check_group(self, group: Group) -> None:
         """Checks the hyperparameters of a group, its own or from a state dict."""
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            msg = f"betas must be two numbers of at least 0 and less than 1, got {betas!r}"
+        layout.check_group(group)
+        # What else torch's groups hold (foreach, fused, capturable) says how to compute the update,
+        # which is for this package to decide.
+        if group.get("differentiable"):
+            msg = "differentiable must be False, got True: steps run outside autograd"
             raise ValueError(msg)
-        numbers = [group["lr"], *betas, group["eps"], group["weight_decay"]]
-        names = ["lr", "betas[0]", "betas[1]", "eps", "weight_decay"]
-        for name, number in zip(names, numbers, strict=True):
-            if isinstance(number, Tensor) and number.numel() != 1:
-                msg = f"{name} must be a number, got a tensor of shape {tuple(number.shape)}"
-                raise ValueError(msg)
-            if not hasattr(number, "__float__"):
-                msg = f"{name} must be a number, got {number!r}"
-                raise TypeError(msg)
-        _core.check_hyper(*(n.item() if isinstance(n, Tensor) else float(n) for n in numbers))
-        # These would change the update. What else torch's groups hold (foreach, fused, capturable)
-        # says how to compute it, which is for this package to decide.
-        later = ("amsgrad", "maximize", "differentiable")
-        self._refuse_later(*((name, True, bool(group.get(name))) for name in later))
         self._check_options(group)
         for name in ("args", "nonfinite"):
             if name in group:
                 msg = f"{name} is for all parameters of an optimizer: give it to the constructor"
                 raise ValueError(msg)
-        if group.get("decoupled_weight_decay") and not self._decoupled:
-            msg = (
-                f"{type(self).__name__} couples weight decay: for decoupled_weight_decay use AdamW"
-            )
-            raise NotImplementedError(msg)
 
     def _check_options(self, options: Group) -> None:
         """Checks those options of the state and of clipping that ``options`` has."""
@@ -204,12 +195,29 @@ class QAdam(Optimizer):
         own = overrides.overridden(self.param_groups)
         for options in own.values():
             self._check_group(options)
-        count = self._engine.step(self.param_groups, own, self.state, self._make_state, threads)
+        count = self._engine.step(
+            self.param_groups, own, self.state, self._make_state, threads, self._amp()
+        )
         if own:
             overrides.note_base_lr(self.param_groups)
         if count:
             self._report_nonfinite(count)
         return loss
+
+    _step_supports_amp_scaling = True
+    """For torch.amp.GradScaler: it leaves the scale of gradients, and whether they overflowed, to
+    the step, as ``grad_scale`` and ``found_inf``."""
+
+    def _amp(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """The gradient scaler's word, for each device of the parameters."""
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is None and found is None:
+            return []
+        devices = {param.device for group in self.param_groups for param in group["params"]}
+        return [
+            (_to_device(scale, device), _to_device(found, device))
+            for device in sorted(devices, key=str)
+        ]
 
     @property
     def nonfinite_count(self) -> int:
@@ -243,16 +251,18 @@ class QAdam(Optimizer):
         wanted = []
         for param, options in zip(params, self._options(params), strict=True):
             entry = self.state.get(param)
-            bits = qstate.bits(entry) if entry else self._bits_for(param, options)
-            wanted.append((param, bits, options))
+            stored = self._format_for(param, options)
+            if entry:  # its width stays
+                stored = stored._replace(bits=qstate.format_of(entry).bits)
+            wanted.append((param, stored, options))
         made = {}
-        for (param, bits, _), pages in zip(wanted, self._allocate(wanted), strict=True):
+        for (param, stored, _), pages in zip(wanted, self._allocate(wanted), strict=True):
             entry = self.state.get(param)
             if entry:
                 where = f"a parameter of shape {tuple(param.shape)}"
-                made[param] = qstate.fit(entry, param, bits, where, pages)
+                made[param] = qstate.fit(entry, param, stored, where, pages)
             else:
-                made[param] = qstate.zeros(param, bits, pages)
+                made[param] = qstate.zeros(param, stored, pages)
         self.state.update(made)
 
     def _options(self, params: list[Tensor]) -> list[Group]:
@@ -261,13 +271,15 @@ class QAdam(Optimizer):
         own = overrides.overridden(self.param_groups)
         return [own.get(param, groups[id(param)]) for param in params]
 
-    def _bits_for(self, param: Tensor, options: Group) -> int:
+    def _format_for(self, param: Tensor, options: Group) -> qstate.Format:
         least = options.get("min_8bit_size", self._min_8bit_size)
         is_8bit = options.get("optim_bits", self._bits) == 8 and param.numel() >= least
-        return 8 if is_8bit else 32
+        return qstate.Format(8 if is_8bit else 32, bool(options.get("amsgrad")))
 
-    def _allocate(self, wanted: list[tuple[Tensor, int, Group]]) -> list[qstate.Pages | None]:
-        """Memory for the state of parameters, of so many bits; None for ordinary memory."""
+    def _allocate(
+        self, wanted: list[tuple[Tensor, qstate.Format, Group]]
+    ) -> list[qstate.Pages | None]:
+        """Memory for the state of parameters, stored so; None for ordinary memory."""
         is_paged = [options.get("is_paged", self._paged) for _, _, options in wanted]
         paged = [item[:2] for item, paged in zip(wanted, is_paged, strict=True) if paged]
         memory = iter(paging.allocate(paged))
@@ -275,63 +287,64 @@ class QAdam(Optimizer):
 
     # Saving and loading.
 
+    def state_dict(self) -> dict[str, Any]:
+        """What ``torch.optim.Optimizer.state_dict`` returns, with the format's version.
+
+        The version is in each group, as ``"qadam_format"``: torch's tools keep what groups have.
+        """
+        state_dict = super().state_dict()
+        for group in state_dict.get("param_groups", ()):  # a hook may have put it elsewhere
+            group[layout.FORMAT_KEY] = layout.FORMAT
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` of any qadam Adam, or of ``torch.optim``'s, returned.
+        """Loads what any Adam or AdamW of qadam, ``torch.optim`` or bitsandbytes has saved.
 
         State is converted to this optimizer's width; at the same width it is taken over bit for
-        bit. Hyperparameters are those of ``state_dict``.
+        bit. Hyperparameters are those of ``state_dict``. docs/state-format.md has the details.
 
         Args:
             state_dict: the saved state; it is not changed, and shares nothing with the optimizer.
 
         Raises:
-            ValueError: for another number of groups or parameters, or for state that does not fit;
-                the message names the parameter and the key. The optimizer is then as it was.
+            KeyError, TypeError, ValueError: for another number of groups or parameters, or for
+                state that is damaged or does not fit; the message names the parameter and the key.
             NotImplementedError: for options that are not there yet.
+
+            The optimizer is then as it was.
         """
-        state_dict = state_dict.copy()
+        if isinstance(state_dict, dict):
+            state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
 
-        groups = deepcopy([{**g, "params": list(g["params"])} for g in state_dict["param_groups"]])
-        if len(groups) != len(self.param_groups):
-            got, want = len(groups), len(self.param_groups)
-            msg = f"the state dict has {got} parameter groups, the optimizer has {want}"
-            raise ValueError(msg)
-        by_key: dict[Any, tuple[int, Tensor, Group]] = {}
-        for number, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
-            keys, params = group["params"], own["params"]
-            if len(keys) != len(params):
-                sizes = f"{len(keys)} parameters, the optimizer's has {len(params)}"
-                msg = f"group {number} of the state dict has {sizes}"
-                raise ValueError(msg)
-            for key, param in zip(keys, params, strict=True):
-                by_key[key] = (len(by_key), param, group)
-            group["params"] = params
+        saved = interop.read(state_dict, [len(group["params"]) for group in self.param_groups])
+        params = []
+        for group, own in zip(saved.groups, self.param_groups, strict=True):
+            group["params"] = own["params"]
+            params += own["params"]
             if self._decoupled:  # torch's AdamW decouples whatever it loads, too
                 group["decoupled_weight_decay"] = True
             if "param_names" in own:
                 group.setdefault("param_names", own["param_names"])
             self._check_group(group)
 
-        state: defaultdict[Any, Any] = defaultdict(dict)
-        saved = []
-        for key, entry in state_dict["state"].items():
-            if key not in by_key:
-                state[key] = deepcopy(entry)
-            elif entry is not None and not (isinstance(entry, dict) and not entry):
-                saved.append((*by_key[key], entry))
-        overridden = overrides.overridden(groups)
-        wanted = []
-        for _, param, group, _ in saved:
-            options = overridden.get(param, group)
-            wanted.append((param, self._bits_for(param, options), options))
-        memory = zip(saved, wanted, self._allocate(wanted), strict=True)
-        for (index, param, _, entry), (_, bits, _), pages in memory:
-            state[param] = qstate.fit(entry, param, bits, f"parameter {index}", pages)
-        self.__setstate__({"state": state, "param_groups": groups})
+        state: defaultdict[Any, Any] = defaultdict(dict, deepcopy(saved.others))
+        overridden = overrides.overridden(saved.groups)
+        groups = [group for group in saved.groups for _ in group["params"]]
+        found, wanted = [], []
+        for number, entry in saved.entries.values():
+            param = params[number]
+            options = overridden.get(param, groups[number])
+            found.append((f"parameter {number}", entry))
+            wanted.append((param, self._format_for(param, options), options))
+        memory = zip(found, wanted, self._allocate(wanted), strict=True)
+        for (where, entry), (param, stored, _), pages in memory:
+            own_entry = interop.read_entry(entry, param.shape, where)
+            state[param] = qstate.fit(own_entry, param, stored, where, pages)
+        self.__setstate__({"state": state, "param_groups": saved.groups})
 
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -375,7 +388,7 @@ class QAdam(Optimizer):
         }
         options = self._options(list(moved))
         wanted = [
-            (param, qstate.bits(entry), of_param)
+            (param, qstate.format_of(entry), of_param)
             for (param, entry), of_param in zip(moved.items(), options, strict=True)
         ]
         return {
@@ -393,7 +406,8 @@ class QAdam(Optimizer):
             of ``"state"`` (moments, counts), ``"scales"`` (of 8-bit codes) and ``"work"`` (tables
             of CUDA launches; what paged memory has besides the state).
         """
-        return paging.memory(self.state.values(), *self._engine.work())
+        entries = [entry for entry in self.state.values() if isinstance(entry, dict)]
+        return paging.memory(entries, *self._engine.work())
 
     def __repr__(self) -> str:
         width = "32-bit"
@@ -403,6 +417,12 @@ class QAdam(Optimizer):
         memory = paging.describe(self.memory())
         own = f'State: {width}{paged}\nMemory: {memory}\nnonfinite: "{self._nonfinite}"\n'
         return f"{super().__repr__()[:-1]}{own})"
+
+
+def _to_device(value: Tensor | None, device: torch.device) -> Tensor | None:
+    if value is None:
+        return None
+    return value.detach().to(device, torch.float32, non_blocking=True)
 
 
 _ONLY_ARGS = ("max_unorm", "skip_zeros")

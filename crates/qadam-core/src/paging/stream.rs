@@ -15,7 +15,7 @@ use super::mapped::Arena;
 use crate::error::Result;
 
 /// Buffers of a parameter's state, at most.
-const BUFFERS: usize = 4;
+const BUFFERS: usize = 6;
 
 /// Bytes of an arena.
 #[derive(Debug, Clone)]

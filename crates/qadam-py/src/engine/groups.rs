@@ -9,18 +9,14 @@ use qadam_core::{Decay, Hyper, NonFinite};
 use crate::tensor::{Device, Tensor, Torch};
 
 /// Flags that would change the update in ways that are not implemented yet, and what they may be.
-const LATER: [(&str, bool); 5] = [
-    ("amsgrad", false),
-    ("maximize", false),
-    ("differentiable", false),
-    ("skip_zeros", false),
-    ("block_wise", true),
-];
+const LATER: [(&str, bool); 2] = [("skip_zeros", false), ("block_wise", true)];
 
 /// A group's hyperparameters.
 #[derive(Debug, Clone, Copy)]
 pub struct Group {
     pub hyper: Hyper,
+    /// Whether state has AMSGrad's moment.
+    pub amsgrad: bool,
     /// Device and address of a float32 learning rate that the device reads when the step runs.
     pub lr_address: Option<(Device, usize)>,
 }
@@ -62,12 +58,19 @@ impl Group {
                 return Err(PyValueError::new_err(text));
             }
         }
-        let decoupled = group.get_item("decoupled_weight_decay")?;
-        let wants_decoupled = decoupled.is_some_and(|value| value.is_truthy().unwrap_or(true));
-        if wants_decoupled && decay == Decay::Coupled {
-            let text = format!("decoupled_weight_decay of group {index} is set: use AdamW");
-            return Err(PyNotImplementedError::new_err(text));
+        let flag = |name: &str| match group.get_item(name)? {
+            Some(value) => value.is_truthy(),
+            None => Ok(false),
+        };
+        if flag("differentiable")? {
+            let text = format!(
+                "differentiable of group {index} is True; False is accepted: steps run outside \
+                 autograd"
+            );
+            return Err(PyValueError::new_err(text));
         }
+        // as torch.optim.Adam obeys it, whatever the class
+        let decay = if flag("decoupled_weight_decay")? { Decay::Decoupled } else { decay };
         let get = |name: &Bound<'_, PyString>| number(&name.to_string(), index, item(group, name)?);
         let betas = item(group, intern!(py, "betas"))?;
         let lr = item(group, intern!(py, "lr"))?;
@@ -81,8 +84,9 @@ impl Group {
                 weight_decay: get(intern!(py, "weight_decay"))?,
                 decay,
                 nonfinite,
-                maximize: false,
+                maximize: flag("maximize")?,
             },
+            amsgrad: flag("amsgrad")?,
             lr_address,
         })
     }

@@ -7,8 +7,10 @@
 //! * `tensors`: gathers gradients, keeps slots current, finds who shares memory;
 //! * `run`: hands them to the devices;
 //! * `slot`: one parameter and its state;
-//! * `groups`: hyperparameters.
+//! * `groups`: hyperparameters;
+//! * `amp`: what mixed precision's gradient scaler says.
 
+mod amp;
 mod groups;
 mod run;
 mod slot;
@@ -24,6 +26,7 @@ use qadam_core::cpu::{self, Backend};
 use qadam_core::{Decay, NonFinite};
 
 use crate::error::to_python;
+use amp::Amp;
 use tensors::{Options, Tensors};
 
 /// Steps all tensors of an optimizer.
@@ -55,7 +58,10 @@ impl Engine {
     ///
     /// `overrides` has a group for each parameter that does not follow its own. `state` is the
     /// optimizer's; `make_state(params)` must give each of `params` an entry that
-    /// fits it. It is called only once all gradients have passed their checks.
+    /// fits it. It is called only once all gradients have passed their checks. `amp` has, for each
+    /// device of the parameters, the scale of the gradients and whether any is infinite, both float32
+    /// tensors of one element or None.
+    #[expect(clippy::too_many_arguments, reason = "a step's; the caller is `_core`'s Python side")]
     fn step(
         &self,
         py: Python<'_>,
@@ -64,6 +70,7 @@ impl Engine {
         state: &Bound<'_, PyDict>,
         make_state: &Bound<'_, PyAny>,
         threads: usize,
+        amp: &Bound<'_, PyList>,
     ) -> PyResult<usize> {
         let backend = Backend::current().map_err(|error| to_python(&error))?;
         let threads = cpu::pool::threads(threads).map_err(|error| to_python(&error))?;
@@ -72,7 +79,8 @@ impl Engine {
             return Err(PyRuntimeError::new_err(text));
         };
         let mut before = Vec::new();
-        let options = Options { groups, overrides };
+        let amp = Amp::read(amp)?;
+        let options = Options { groups, overrides, amp: &amp };
         let outcome = tensors.run(py, options, state, make_state, threads, backend, &mut before);
         if outcome.is_err() {
             // a step that failed leaves the state as it was

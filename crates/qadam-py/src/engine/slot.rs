@@ -49,9 +49,11 @@ impl Slot {
         param: &Tensor<'_>,
         walk: &Walk,
         entry: &Bound<'_, PyDict>,
+        amsgrad: bool,
     ) -> PyResult<Self> {
-        let format =
-            if entry.contains("exp_avg_code")? { StateFormat::DYNAMIC8 } else { StateFormat::F32 };
+        let is_coded = entry.contains("exp_avg_code")?;
+        let format = if is_coded { StateFormat::DYNAMIC8 } else { StateFormat::F32 };
+        let format = format.with_amsgrad(amsgrad);
         let (shape, strides) = param.geometry()?;
         let mut moments = Vec::new();
         for spec in format.buffers(walk.len()) {
@@ -95,8 +97,11 @@ impl Slot {
             .expect("`Slot::new` makes as many tensors as the format has")
     }
 
-    /// Whether everything is where it was when the slot was made.
-    pub fn is_current(&self, param: &Bound<'_, PyAny>) -> PyResult<bool> {
+    /// Whether everything is where it was when the slot was made, and what is needed.
+    pub fn is_current(&self, param: &Bound<'_, PyAny>, amsgrad: bool) -> PyResult<bool> {
+        if self.format.amsgrad != amsgrad {
+            return Ok(false);
+        }
         let py = param.py();
         let dtype = param.getattr(intern!(py, "dtype"))?;
         if !self.param.is(param)

@@ -11,6 +11,7 @@ use qadam_core::cuda::DeviceStep;
 use qadam_core::rule::Coefficients;
 use qadam_core::{Decay, Hyper, NonFinite, TensorStep, Walk};
 
+use super::amp::Amp;
 use super::groups::{Group, item};
 use super::run::{self, Devices, Wave};
 use super::slot::{Slot, address};
@@ -42,6 +43,8 @@ pub struct Options<'a, 'py> {
     pub groups: &'a Bound<'py, PyList>,
     /// A group for each parameter that does not follow its own.
     pub overrides: &'a Bound<'py, PyDict>,
+    /// What `torch.amp.GradScaler` says.
+    pub amp: &'a Amp,
 }
 
 /// A parameter and its entry in `optimizer.state`, if it had one.
@@ -53,6 +56,14 @@ struct Pending<'py> {
     index: usize,
     grad: Tensor<'py>,
     group: Group,
+}
+
+/// A parameter that needs a slot.
+struct Fresh<'py> {
+    index: usize,
+    param: Tensor<'py>,
+    walk: Walk,
+    amsgrad: bool,
 }
 
 impl Tensors {
@@ -93,9 +104,9 @@ impl Tensors {
         before: &mut Vec<Before<'py>>,
     ) -> PyResult<usize> {
         let pending = self.gather(options, state, make_state, before)?;
-        let waves = self.prepare(py, &pending)?;
+        let waves = self.prepare(py, &pending, options.amp)?;
         self.devices.open(py, &waves)?;
-        let _adopted = self.adopt(&pending)?;
+        let _adopted = self.adopt(&pending, options.amp)?;
         let raise = self.nonfinite == NonFinite::Raise;
         let devices = &mut self.devices;
         // SAFETY: `gather` and `prepare` checked addresses, alignment, types, shapes, strides and
@@ -130,8 +141,8 @@ impl Tensors {
     }
 
     /// With the software device, declares what the pending steps may touch.
-    fn adopt(&self, pending: &[Pending<'_>]) -> PyResult<Adopted> {
-        let mut ranges = Vec::new();
+    fn adopt(&self, pending: &[Pending<'_>], amp: &Amp) -> PyResult<Adopted> {
+        let mut ranges: Vec<_> = amp.addresses().map(|address| (address as usize, 4)).collect();
         for item in pending.iter().filter(|_| software::in_use()) {
             ranges.extend(self.slot(item.index).memory());
             ranges.push((item.grad.pointer, item.grad.span()? * item.grad.dtype.size()));
@@ -143,7 +154,7 @@ impl Tensors {
     /// Checks every gradient, then sees to it that every parameter with one has a current slot.
     fn gather<'py>(
         &mut self,
-        Options { groups, overrides }: Options<'_, 'py>,
+        Options { groups, overrides, amp }: Options<'_, 'py>,
         state: &Bound<'py, PyDict>,
         make_state: &Bound<'py, PyAny>,
         before: &mut Vec<Before<'py>>,
@@ -166,11 +177,23 @@ impl Tensors {
                 }
                 let grad = param.getattr(intern!(py, "grad"))?;
                 if !grad.is_none() {
+                    let own = if has_overrides { overrides.get_item(&param)? } else { None };
+                    let group = match own {
+                        Some(own) => {
+                            let own = own.cast_into::<PyDict>()?;
+                            Group::read(&own, group_index, self.decay, self.nonfinite)?
+                        }
+                        None => read,
+                    };
+                    if amp.skips(&param)? {
+                        index += 1;
+                        continue;
+                    }
                     let subject = || subject(&param, index, group_index, place);
                     let grad = Tensor::read_gradient(&grad)?
                         .map_err(|refusal| refusal.to_python(&format!("{} gradient", subject())))?;
                     let known = self.slots[index].as_ref();
-                    if known.map_or(Ok(false), |slot| slot.is_current(&param))? {
+                    if known.map_or(Ok(false), |slot| slot.is_current(&param, group.amsgrad))? {
                         let slot = self.slot(index);
                         fits(&grad, slot.device, slot.shape.bind(py), subject)?;
                     } else {
@@ -181,16 +204,8 @@ impl Tensors {
                         let walk = Walk::new(&shape, &strides, &strides).map_err(|error| {
                             PyValueError::new_err(format!("{} {error}", subject()))
                         })?;
-                        fresh.push((index, tensor, walk));
+                        fresh.push(Fresh { index, param: tensor, walk, amsgrad: group.amsgrad });
                     }
-                    let own = if has_overrides { overrides.get_item(&param)? } else { None };
-                    let group = match own {
-                        Some(own) => {
-                            let own = own.cast_into::<PyDict>()?;
-                            Group::read(&own, group_index, self.decay, self.nonfinite)?
-                        }
-                        None => read,
-                    };
                     pending.push(Pending { index, grad, group });
                 }
                 index += 1;
@@ -214,16 +229,18 @@ impl Tensors {
     /// the parameter's changed, `make_state` sees to it.
     fn register<'py>(
         &mut self,
-        fresh: &[(usize, Tensor<'py>, Walk)],
+        fresh: &[Fresh<'py>],
         state: &Bound<'py, PyDict>,
         make_state: &Bound<'py, PyAny>,
         before: &mut Vec<Before<'py>>,
     ) -> PyResult<()> {
         let wanting = PyList::empty(state.py());
-        for (index, param, walk) in fresh {
+        for Fresh { index, param, walk, amsgrad } in fresh {
             let entry = state.get_item(&param.object)?;
             let fits = match &entry {
-                Some(entry) => Slot::new(*index, param, walk, entry.cast::<PyDict>()?).is_ok(),
+                Some(entry) => {
+                    Slot::new(*index, param, walk, entry.cast::<PyDict>()?, *amsgrad).is_ok()
+                }
                 None => false,
             };
             if !fits {
@@ -235,9 +252,9 @@ impl Tensors {
             make_state.call1((wanting,))?;
         }
         let mut slots = Vec::with_capacity(fresh.len());
-        for (index, param, walk) in fresh {
+        for Fresh { index, param, walk, amsgrad } in fresh {
             let entry = item(state, &param.object)?.cast_into::<PyDict>()?;
-            slots.push((*index, Slot::new(*index, param, walk, &entry)?));
+            slots.push((*index, Slot::new(*index, param, walk, &entry, *amsgrad)?));
         }
         for (index, slot) in slots {
             self.slots[index] = Some(slot);
@@ -308,7 +325,7 @@ impl Tensors {
     }
 
     /// What the core needs to update the pending parameters.
-    fn prepare(&self, py: Python<'_>, pending: &[Pending<'_>]) -> PyResult<Vec<Wave>> {
+    fn prepare(&self, py: Python<'_>, pending: &[Pending<'_>], amp: &Amp) -> PyResult<Vec<Wave>> {
         let mut waves: Vec<Wave> = (0..self.waves).map(|_| Wave::default()).collect();
         let mut last: Option<(Hyper, u64, Coefficients)> = None;
         for (position, item) in pending.iter().enumerate() {
@@ -330,6 +347,10 @@ impl Tensors {
                     _ => Coefficients::new(&hyper, t),
                 };
                 last = Some((hyper, t, coefficients));
+                let coefficients = match amp.grad_scale() {
+                    Some(scale) => coefficients.with_grad_scale(scale),
+                    None => coefficients,
+                };
                 let param = (slot.pointer as *mut u8, slot.dtype);
                 let grad = (item.grad.pointer as *const u8, item.grad.dtype);
                 // SAFETY: `Tensor::read` and `Slot::new` checked both tensors and the state, whose
@@ -338,6 +359,7 @@ impl Tensors {
                 waves[slot.wave].cpu.push(step, position);
                 continue;
             };
+            let (grad_scale, found_inf) = amp.on_device(device);
             let step = DeviceStep {
                 param: address(slot.pointer),
                 param_dtype: slot.dtype,
@@ -348,8 +370,8 @@ impl Tensors {
                 step: slot.count.pointer as u64,
                 hyper,
                 lr_address,
-                grad_scale: None,
-                found_inf: None,
+                grad_scale,
+                found_inf,
             };
             waves[slot.wave].cuda.entry(device).or_default().push(step, position);
         }

@@ -1,0 +1,303 @@
+"""A parameter's state as it is written down: its keys, read and checked, and its 8-bit codes.
+
+docs/state-format.md is the specification. Nothing here knows a parameter or an optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qadam import _core
+
+FORMAT = 1
+"""The version of the format, which each parameter group of a state dict has as FORMAT_KEY."""
+
+FORMAT_KEY = "qadam_format"
+
+BLOCK = 256
+"""Elements that share a scale."""
+
+MOST_STEPS = 2.0**63
+"""From here on the core's integers overflow; no training gets there."""
+
+MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))
+"""The moments' names, and whether they have a sign."""
+
+AMSGRAD = ("max_exp_avg_sq", False)
+"""The third moment, which state of AMSGrad has: the largest second moment so far."""
+
+KEYS = {"step", "memory_order"} | {
+    name + part for name, _ in (*MOMENTS, AMSGRAD) for part in ("", "_code", "_scale")
+}
+"""What an entry may hold that means something to qadam."""
+
+Entry = dict[str, Any]
+"""One parameter's state."""
+
+Order = tuple[int, ...]
+"""Dimensions of more than one element, from the outermost to the innermost in memory."""
+
+
+def moments(entry: Entry) -> tuple[tuple[str, bool], ...]:
+    """Names of the moments that ``entry`` has, and whether they have a sign."""
+    has_third = any(f"{AMSGRAD[0]}{part}" in entry for part in ("", "_code", "_scale"))
+    return (*MOMENTS, AMSGRAD) if has_third else MOMENTS
+
+
+def is_coded(entry: Entry) -> bool:
+    """Whether ``entry`` has 8-bit codes, or scales that ought to have codes."""
+    return any(f"{name}_{part}" in entry for name, _ in MOMENTS for part in ("code", "scale"))
+
+
+def blocks(shape: torch.Size) -> int:
+    """How many scales a moment of this shape has."""
+    return -(-shape.numel() // BLOCK)
+
+
+def row_major(shape: Sequence[int]) -> Order:
+    """The memory order of a contiguous tensor."""
+    return tuple(d for d, size in enumerate(shape) if size > 1)
+
+
+# Reading and checking. ``where`` is what messages call the parameter.
+
+
+def get(entry: Entry, key: str, where: str) -> Any:  # noqa: ANN401 - any kind of value
+    """``entry[key]``, or an error that says what there is instead."""
+    try:
+        return entry[key]
+    except KeyError:
+        msg = f"{where}: the state has no {key!r}, only {sorted(map(str, entry))}"
+        raise ValueError(msg) from None
+
+
+def rest(entry: Entry, known: Set[str], where: str) -> Entry:
+    """A copy of what ``entry`` holds besides the ``known`` keys: users may keep things there."""
+    copy: Entry = {}
+    for key, value in entry.items():
+        if key not in known:
+            try:
+                copy[key] = deepcopy(value)
+            except RuntimeError as error:  # a tensor whose memory has been freed, or with a graph
+                msg = f"{where}: {key!r} cannot be copied: {error}"
+                raise ValueError(msg) from error
+    return copy
+
+
+def read_step(entry: Entry, where: str) -> Tensor:
+    """How many updates the parameter has had: float32, no dimensions, on the CPU."""
+    step = get(entry, "step", where)
+    if isinstance(step, Tensor):
+        step = step.detach()
+        is_number = step.numel() == 1 and not step.is_complex() and lacks(step) is None
+    else:
+        is_number = isinstance(step, (int, float)) and not isinstance(step, bool)
+    if is_number:
+        try:
+            tensor = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+        except OverflowError:  # a whole number beyond all floats
+            tensor = torch.tensor(float("inf"), device="cpu")
+        if 0 <= tensor < MOST_STEPS:
+            return tensor
+    accepted = f"one number of at least 0 and less than {MOST_STEPS:.3g} is accepted"
+    msg = f"{where}: 'step' is {show(step)}; {accepted}"
+    raise ValueError(msg)
+
+
+def read_order(entry: Entry, shape: torch.Size, where: str) -> Order:
+    """The recorded memory order, without dimensions of one element."""
+    order = get(entry, "memory_order", where)
+    if isinstance(order, Tensor) and order.dim() == 1 and lacks(order) is None:
+        order = tuple(order.tolist())
+    matter = set(row_major(shape))
+    if isinstance(order, (tuple, list)) and all(type(d) is int for d in order):
+        known = len(set(order)) == len(order) and set(order) <= set(range(len(shape)))
+        if known and matter <= set(order):
+            return tuple(d for d in order if d in matter)
+    accepted = f"an order of the dimensions {sorted(matter)}"
+    msg = f"{where}: 'memory_order' is {show(order)}; {accepted} is accepted"
+    raise ValueError(msg)
+
+
+def read_values(entry: Entry, key: str, shape: torch.Size, signed: bool, where: str) -> Tensor:
+    """The values of a moment, on the CPU, as float32."""
+    values = get(entry, key, where)
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        msg = f"{where}: {key!r} is {_kind(values)}; a floating-point tensor is accepted"
+        raise ValueError(msg)
+    values = _on_cpu(values, (shape,), key, where).to(torch.float32)
+    check_numbers(values, signed, key, where)
+    return values
+
+
+def read_codes(entry: Entry, key: str, shape: torch.Size, where: str) -> Tensor:
+    """The codes of a moment, on the CPU."""
+    codes = get(entry, key, where)
+    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8:
+        msg = f"{where}: {key!r} is {_kind(codes)}; a tensor of {torch.uint8} is accepted"
+        raise ValueError(msg)
+    return _on_cpu(codes, (shape,), key, where)
+
+
+def read_scales(entry: Entry, key: str, lengths: Sequence[int], where: str) -> Tensor:
+    """The scales of a moment, on the CPU: a vector of one of these ``lengths``."""
+    scales = get(entry, key, where)
+    if not isinstance(scales, Tensor) or scales.dtype != torch.float32:
+        msg = f"{where}: {key!r} is {_kind(scales)}; a tensor of {torch.float32} is accepted"
+        raise ValueError(msg)
+    shapes = [torch.Size([length]) for length in lengths]
+    scales = _on_cpu(scales, shapes, key, where)
+    check_numbers(scales, False, key, where)
+    return scales
+
+
+def shape(entry: Entry, where: str) -> torch.Size:
+    """The shape that an entry of any width has: that of its first moment."""
+    key = MOMENTS[0][0] + ("_code" if is_coded(entry) else "")
+    tensor = get(entry, key, where)
+    if not isinstance(tensor, Tensor):
+        msg = f"{where}: {key!r} is {_kind(tensor)}; a tensor is accepted"
+        raise ValueError(msg)
+    return tensor.shape
+
+
+def values(entry: Entry, name: str, signed: bool, where: str) -> Tensor:
+    """The moment ``name`` of an entry of any width: float32 on the CPU, maybe the entry's own."""
+    of = shape(entry, where)
+    if not is_coded(entry):
+        return read_values(entry, name, of, signed, where)
+    order = read_order(entry, of, where)
+    codes = read_codes(entry, f"{name}_code", of, where)
+    scales = read_scales(entry, f"{name}_scale", [blocks(of)], where)
+    return decode(codes, scales, order, signed)
+
+
+def check_numbers(values: Tensor, signed: bool, key: str, where: str) -> None:
+    """Raises unless all ``values`` are finite and, if not ``signed``, at least 0."""
+    if values.numel() == 0:
+        return
+    # one pass without temporaries as large as the values; both are NaN if one of them is
+    low, high = values.aminmax()
+    if low.isfinite() and high.isfinite() and (signed or low >= 0):
+        return
+    good = values.isfinite() if signed else values.isfinite() & (values >= 0)
+    value = values[~good][0].item()
+    accepted = "finite numbers" if signed else "finite numbers of at least 0"
+    msg = f"{where}: {key!r} holds {value}; {accepted} are accepted"
+    raise ValueError(msg)
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Checks the hyperparameters of a group, and that flags are flags.
+
+    Raises:
+        KeyError: if a hyperparameter is missing.
+        TypeError, ValueError: for one of another type, or out of range.
+    """
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        msg = f"betas must be two numbers of at least 0 and less than 1, got {show(betas)}"
+        raise ValueError(msg)
+    numbers = [group["lr"], *betas, group["eps"], group["weight_decay"]]
+    names = ["lr", "betas[0]", "betas[1]", "eps", "weight_decay"]
+    _core.check_hyper(*map(_number, names, numbers))
+    for name in ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay"):
+        if not isinstance(group.get(name), (bool, int, type(None))):
+            msg = f"{name} must be True or False, got {show(group[name])}"
+            raise TypeError(msg)
+
+
+def _number(name: str, number: Any) -> float:  # noqa: ANN401 - whatever has __float__
+    if isinstance(number, Tensor) and (number.numel() != 1 or lacks(number) is not None):
+        got = lacks(number) or f"a tensor of shape {tuple(number.shape)}"
+        msg = f"{name} must be a number, got {got}"
+        raise ValueError(msg)
+    if not hasattr(number, "__float__"):
+        msg = f"{name} must be a number, got {show(number)}"
+        raise TypeError(msg)
+    try:
+        return float(number.detach() if isinstance(number, Tensor) else number)
+    except (OverflowError, RuntimeError):  # beyond all floats; a complex tensor
+        msg = f"{name} must be a number, got {show(number)}"
+        raise ValueError(msg) from None
+
+
+def lacks(tensor: Tensor) -> str | None:
+    """Why the elements of ``tensor`` cannot be read, if so."""
+    if tensor.layout != torch.strided:
+        return f"{tensor.layout}"
+    if tensor.is_meta:
+        return "a meta tensor"
+    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
+        return "a tensor whose memory has been freed"
+    return None
+
+
+def show(value: object) -> str:
+    """``value`` for a message, short; torch's own repr reads even memory that has been freed."""
+    if isinstance(value, Tensor):
+        if lacks(value) or value.numel() > 16:
+            return lacks(value) or f"a tensor of shape {tuple(value.shape)}"
+        return repr(value)
+    plain = (int, float, str, bytes, type(None))
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(part, plain) for part in parts):
+        return f"a {type(value).__name__}"
+    if any(isinstance(part, int) and abs(part) >= 1 << 128 for part in parts):
+        return "a huge number"
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _on_cpu(tensor: Tensor, shapes: Sequence[torch.Size], key: str, where: str) -> Tensor:
+    if tensor.shape not in shapes:
+        accepted = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
+        msg = f"{where}: {key!r} has shape {tuple(tensor.shape)}; {accepted} is accepted"
+        raise ValueError(msg)
+    if (lack := lacks(tensor)) is not None:
+        msg = f"{where}: {key!r} is {lack}; a dense tensor that has memory is accepted"
+        raise ValueError(msg)
+    return tensor.detach().to("cpu")
+
+
+# 8-bit codes.
+
+
+def decode(codes: Tensor, scales: Tensor, order: Order, signed: bool) -> Tensor:
+    """Values of the codes' shape, whose blocks are consecutive in ``order``."""
+    ordered = _permuted(codes, order)
+    values = torch.empty(ordered.shape, dtype=torch.float32, device="cpu")
+    _core.decode_blocks(ordered.view(-1), scales.contiguous(), values.view(-1), signed)
+    return _permuted_back(values, order)
+
+
+def encode(values: Tensor, order: Order, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes of the shape of ``values``, in blocks consecutive in ``order``, and their scales."""
+    ordered = _permuted(values, order)
+    codes = torch.empty(ordered.shape, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(blocks(values.shape), dtype=torch.float32, device="cpu")
+    _core.encode_blocks(ordered.view(-1), codes.view(-1), scales, signed)
+    return _permuted_back(codes, order), scales
+
+
+def _permutation(dims: int, order: Order) -> list[int]:
+    """Of all dimensions: those of one element do not matter; they go last."""
+    return [*order, *(d for d in range(dims) if d not in order)]
+
+
+def _permuted(tensor: Tensor, order: Order) -> Tensor:
+    return tensor.permute(_permutation(tensor.dim(), order)).contiguous()
+
+
+def _permuted_back(tensor: Tensor, order: Order) -> Tensor:
+    permutation = _permutation(tensor.dim(), order)
+    return tensor.permute([permutation.index(d) for d in range(tensor.dim())])
