@@ -713,3 +713,18 @@ def test_distributed_checkpoints_keep_the_state(source, target, is_flat, tmp_pat
     for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
         mine = {key: fingerprint(value) for key, value in other.state[q].items()}
         assert mine == {key: fingerprint(value) for key, value in optimizer.state[p].items()}
+
+
+@pytest.mark.parametrize(("first", "second"), [([0, 0, 1], []), ([0, 1], [1]), ([0, 1, 0], [])])
+def test_a_key_given_twice_is_refused(first, second):
+    """It would shift what comes after to other parameters."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(3)]
+    groups = [{"params": params[: len(first)]}, {"params": params[len(first) :]}]
+    optimizer = qadam.AdamW([group for group in groups if group["params"]])
+    saved = optimizer.state_dict()
+    for group, keys in zip(saved["param_groups"], [first, second], strict=False):
+        group["params"] = keys
+    before = frozen(optimizer)
+    with pytest.raises(ValueError, match="'params' has"):
+        optimizer.load_state_dict(saved)
+    assert frozen(optimizer) == before

@@ -270,3 +270,17 @@ def test_a_scale_that_cannot_be_is_refused(name, value, error):
     with pytest.raises(error, match=name):
         optimizer.step()
     assert frozen(optimizer) == before
+
+
+def test_a_scale_does_not_outlive_a_step_that_failed():
+    params, _ = twins((300,), (400,))
+    optimizer = qadam.AdamW(params, nonfinite="raise")
+    give_grads(params, seed=0)
+    good = params[0].grad.clone()
+    params[0].grad[3] = float("nan")
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1024.0), torch.tensor(0.0)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        optimizer.step()
+    params[0].grad.copy_(good)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[params[0]]["exp_avg"], 0.1 * good)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import frozen, give_grads, same_bits, train, twins
+from conftest import give_grads, same_bits, train, twins
 from torch import nn
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR, StepLR
@@ -237,18 +237,42 @@ def test_other_parameters_and_optimizers_are_not_affected(manager):
         ({"weight_decay": "much"}, (TypeError, ValueError)),
     ],
 )
-def test_an_override_out_of_range_is_an_error_before_anything_is_written(manager, options, error):
+def test_an_override_out_of_range_is_refused_at_once(manager, options, error):
     params, _ = twins((300,), (400,))
-    optimizer = qadam.AdamW8bit(params)
+    manager.override_config(params[1], "lr", 0.5)
+    before = manager.configs()
+    for override in (
+        lambda: manager.override_config(params[1], key_value_dict=options),
+        lambda: manager.register_module_override(nn.Linear(2, 2), "weight", options),
+    ):
+        with pytest.raises(error, match=next(iter(options))):
+            override()
+    assert manager.configs() == before
+
+
+def test_an_override_leaves_a_schedule_alone_that_passes_below_zero(manager):
+    (param,), _ = twins(300)
+    manager.override_config(param, "eps", 1e-6)
+    optimizer = qadam.AdamW([param])
+    optimizer.param_groups[0]["lr"] = -1e-20
     train(1, optimizer)
-    manager.override_config(params[1], key_value_dict=options)
-    give_grads(params, seed=3)
-    before = frozen(optimizer)
-    with pytest.raises(error, match=next(iter(options))):
+
+
+def test_an_overridden_lr_is_relative_to_the_constructors_in_a_warm_up_by_hand(manager):
+    (param,), _ = twins(300)
+    manager.override_config(param, "lr", 1e-4)
+    optimizer = qadam.Adam([param], lr=1e-3)
+    for step in range(11):
+        optimizer.param_groups[0]["lr"] = 1e-3 * step / 10
+        before = param.detach().clone()
+        param.grad = torch.ones_like(param)
         optimizer.step()
-    manager.initialize()
-    assert frozen(optimizer) == before
-    optimizer.step()
+        moved = float((before - param.detach()).mean())
+        assert moved == pytest.approx(1e-4 * step / 10, rel=1e-2)
+        optimizer = copy.deepcopy(optimizer) if step == 5 else optimizer
+        param = optimizer.param_groups[0]["params"][0]
+        manager.override_config(param, "lr", 1e-4)
+    assert "unscheduled_lr" not in optimizer.state_dict()["param_groups"][0]
 
 
 def test_what_cannot_be_overridden_is_refused_and_nothing_is(manager):

@@ -92,7 +92,7 @@ def test_space_is_taken_before_it_is_used_and_returned_at_the_end(page_dir, tmp_
     path = os.fspath(tmp_path / "sparse")
     large = torch.from_file(path, shared=True, size=128 * MIB, dtype=torch.bfloat16)
     before = free(page_dir)
-    pages = paging.allocate([(large, 32)])
+    pages = paging.allocate([(large, qadam.state.Format(32))])
     full = free(page_dir)
     assert before - full > 512 * MIB
     del pages

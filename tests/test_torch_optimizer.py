@@ -86,7 +86,7 @@ def test_a_group_added_in_mid_training_joins_as_in_torch():
 BAD_GROUPS = {
     "bad lr": lambda mine: {"params": [Parameter(torch.ones(2))], "lr": -1},
     "bad betas": lambda mine: {"params": [Parameter(torch.ones(2))], "betas": (2, 0)},
-    "later option": lambda mine: {"params": [Parameter(torch.ones(2))], "amsgrad": True},
+    "later option": lambda mine: {"params": [Parameter(torch.ones(2))], "block_wise": False},
     "twice in the group": lambda mine: {"params": [Parameter(torch.ones(2))] * 2},
     "in another group": lambda mine: {"params": [Parameter(torch.ones(2)), mine[0]]},
     "expanded": lambda mine: {"params": [Parameter(torch.ones(1).expand(4))]},

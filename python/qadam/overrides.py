@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from qadam import layout
+from qadam.options import check_options
+
 Config = dict[str, Any]
 """Options by name, as in a parameter group."""
 
@@ -20,9 +23,6 @@ OPTIONS = frozenset(
     )
 )
 """What can be overridden."""
-
-BASE_LR = "unscheduled_lr"
-"""The key under which a group notes the learning rate that overrides were first set beside."""
 
 
 class GlobalOptimManager:
@@ -36,7 +36,8 @@ class GlobalOptimManager:
     Options of hyperparameters (``lr``, ``betas``, ``eps``, ``weight_decay``) count from the next
     step on. Those of the state (``optim_bits``, ``min_8bit_size``, ``is_paged``) count when state
     is made: set them before the first step, or load a state dict. An overridden ``lr`` follows
-    schedulers: it is multiplied by what they have made of the group's, over its ``initial_lr``.
+    schedulers, and changes by hand: it is multiplied by the group's ``lr`` now, over what that was
+    when the group was added (``initial_lr``, where a scheduler says so).
 
     Parameters are held weakly and by identity: an override ends with its parameter, and survives
     ``model.cuda()``, which keeps parameters and replaces their data.
@@ -93,7 +94,7 @@ class GlobalOptimManager:
 
         Raises:
             TypeError: for what is not a tensor.
-            ValueError: for an option that does not exist.
+            ValueError: for an option that does not exist, or a value out of range.
         """
         config = dict(key_value_dict or {})
         if key is not None:
@@ -123,6 +124,7 @@ class GlobalOptimManager:
 
     def configs(self) -> dict[int, Config]:
         """The overrides that are in force, by the parameter's ``id``; for the optimizers."""
+        self._by_module = [item for item in self._by_module if item[0]() is not None]
         found: dict[int, Config] = {}
         for reference, name, config in self._by_module:
             param = getattr(reference(), name, None)
@@ -133,37 +135,34 @@ class GlobalOptimManager:
         return found
 
 
-def overridden(groups: list[dict[str, Any]]) -> dict[Tensor, Config]:
-    """For each parameter with overrides, its group with them in place."""
+def overridden(groups: list[dict[str, Any]], base_lrs: list[float]) -> dict[Tensor, Config]:
+    """For each parameter with overrides, its group with them in place.
+
+    Args:
+        groups: an optimizer's groups.
+        base_lrs: what the learning rate of each group was before any schedule.
+    """
     configs = GlobalOptimManager.get_instance().configs()
     if not configs:
         return {}
     found = {}
-    for group in groups:
+    for group, base_lr in zip(groups, base_lrs, strict=True):
         for param in group["params"]:
             config = configs.get(id(param))
             if config is not None:
                 found[param] = {**group, **config}
                 if "lr" in config:
-                    found[param]["lr"] = _scheduled(group, config["lr"])
+                    found[param]["lr"] = _scheduled(group, base_lr, config["lr"])
     return found
 
 
-def _scheduled(group: dict[str, Any], lr: float) -> float:
+def _scheduled(group: dict[str, Any], base_lr: float, lr: float) -> float:
     """An overridden learning rate after what has become of its group's."""
     if isinstance(group["lr"], Tensor) and not group["lr"].is_cpu:
         msg = f"lr is a tensor on {group['lr'].device} and overridden: make it a number"
         raise ValueError(msg)
-    now = float(group["lr"])
-    base = float(group.get("initial_lr", group.get(BASE_LR, now)))
-    return float(lr) * (now / base) if base != 0 else float(lr)
-
-
-def note_base_lr(groups: list[dict[str, Any]]) -> None:
-    """Notes what learning rates began with, where no scheduler has."""
-    for group in groups:
-        if "initial_lr" not in group and not isinstance(group["lr"], Tensor):
-            group.setdefault(BASE_LR, group["lr"])
+    base = float(group.get("initial_lr", base_lr))  # the former is a scheduler's word
+    return float(lr) * (float(group["lr"]) / base) if base != 0 else float(lr)
 
 
 def _tensors(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
@@ -181,3 +180,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
         if key not in OPTIONS:
             msg = f"{key!r} cannot be overridden; {', '.join(sorted(OPTIONS))} can"
             raise ValueError(msg)
+    usual = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    layout.check_group({**usual, **config})
+    if isinstance(config.get("lr"), Tensor) and not config["lr"].is_cpu:
+        msg = f"lr is a tensor on {config['lr'].device}; a number is accepted in an override"
+        raise ValueError(msg)
+    check_options(config)

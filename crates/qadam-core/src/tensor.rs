@@ -23,7 +23,7 @@ pub struct Moments32 {
 /// Pointers to one moment in an 8-bit code, dense in the parameter's memory order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RawCoded {
-    /// RawCoded, one byte an element.
+    /// Codes, one byte an element.
     pub code: *mut u8,
     /// Scales, one f32 a block.
     pub scale: *mut f32,

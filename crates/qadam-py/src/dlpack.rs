@@ -45,7 +45,7 @@ struct Shared {
 /// keeps `keeper` until the last tensor on this memory is gone.
 ///
 /// # Safety
-/// The memory is initialised, and valid as long as `keeper` lives.
+/// The memory is valid for reads and writes as long as `keeper` lives; what it holds is torch's matter.
 pub unsafe fn tensor(
     py: Python<'_>,
     address: usize,

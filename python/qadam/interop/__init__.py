@@ -66,9 +66,10 @@ def read(state_dict: Mapping[str, Any], sizes: Sequence[int] | None = None) -> S
     numbers: dict[Any, int] = {}
     for number, group in enumerate(copies):
         for key in group["params"]:
-            if numbers.setdefault(key, len(numbers)) != len(numbers) - 1:
+            if key in numbers:
                 msg = f"group {number}: 'params' has {key!r}, which is there before"
                 raise ValueError(msg)
+            numbers[key] = len(numbers)
     entries, others = {}, {}
     for key, entry in state.items():
         if key not in numbers:

@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from qadam import _core, interop, layout, overrides, paging
 from qadam import state as qstate
+from qadam.options import check_options
 
 Group = dict[str, Any]
 
@@ -56,13 +57,14 @@ class QAdam(Optimizer):
         # as bitsandbytes has it: what `args` has replaces the keywords
         own |= {name: getattr(args, name) for name in (*own, *_ONLY_ARGS) if hasattr(args, name)}
         self._bits = self._resolve_bits(own["optim_bits"])
-        self._check_options(own)
+        check_options(own)
         self._min_8bit_size = own["min_8bit_size"]
         self._paged = bool(is_paged) or self._class_paged
         if nonfinite not in ("skip", "propagate", "raise"):
             msg = f'nonfinite must be "skip", "propagate" or "raise", got {nonfinite!r}'
             raise ValueError(msg)
         self._nonfinite = nonfinite
+        self._base_lrs: list[float] = []
         self._engine = _core.Engine(self._decoupled, nonfinite)
         self._nonfinite_count = 0
         defaults: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -84,12 +86,6 @@ class QAdam(Optimizer):
             msg = f"{name} keeps {self._class_bits}-bit state, got optim_bits={optim_bits}"
             raise ValueError(msg)
         return self._class_bits
-
-    def _refuse_later(self, *options: tuple[str, object, bool]) -> None:
-        for name, value, asked in options:
-            if asked:
-                msg = f"{type(self).__name__}: {name}={value!r} is not implemented yet"
-                raise NotImplementedError(msg)
 
     # Parameter groups.
 
@@ -127,6 +123,7 @@ class QAdam(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+        self._base_lrs.append(float(group["lr"]))
 
     def _check_group(self, group: Group) -> None:
         """Checks the hyperparameters of a group, its own or from a state dict."""
@@ -136,27 +133,11 @@ class QAdam(Optimizer):
         if group.get("differentiable"):
             msg = "differentiable must be False, got True: steps run outside autograd"
             raise ValueError(msg)
-        self._check_options(group)
+        check_options(group)
         for name in ("args", "nonfinite"):
             if name in group:
                 msg = f"{name} is for all parameters of an optimizer: give it to the constructor"
                 raise ValueError(msg)
-
-    def _check_options(self, options: Group) -> None:
-        """Checks those options of the state and of clipping that ``options`` has."""
-        if options.get("optim_bits", 32) not in (8, 32):
-            msg = f"optim_bits must be 32 or 8, got {options['optim_bits']!r}"
-            raise ValueError(msg)
-        _whole("min_8bit_size", options.get("min_8bit_size", 0), 0, None)
-        clipping = _whole("percentile_clipping", options.get("percentile_clipping", 100), 1, 100)
-        block_wise = options.get("block_wise", True)
-        max_unorm, skip_zeros = options.get("max_unorm", 0.0), options.get("skip_zeros", False)
-        self._refuse_later(
-            ("percentile_clipping", clipping, clipping < 100),
-            ("block_wise", block_wise, not block_wise),
-            ("max_unorm", max_unorm, max_unorm > 0),
-            ("skip_zeros", skip_zeros, bool(skip_zeros)),
-        )
 
     # The step.
 
@@ -192,14 +173,16 @@ class QAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         threads = torch.get_num_threads()
-        own = overrides.overridden(self.param_groups)
-        for options in own.values():
-            self._check_group(options)
-        count = self._engine.step(
-            self.param_groups, own, self.state, self._make_state, threads, self._amp()
-        )
-        if own:
-            overrides.note_base_lr(self.param_groups)
+        own = overrides.overridden(self.param_groups, self._base_lrs)
+        try:
+            count = self._engine.step(
+                self.param_groups, own, self.state, self._make_state, threads, self._amp()
+            )
+        except BaseException:
+            # GradScaler takes its word back only after a step that succeeds
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
         if count:
             self._report_nonfinite(count)
         return loss
@@ -268,7 +251,7 @@ class QAdam(Optimizer):
     def _options(self, params: list[Tensor]) -> list[Group]:
         """The group of each parameter, with what is overridden for the parameter."""
         groups = {id(param): group for group in self.param_groups for param in group["params"]}
-        own = overrides.overridden(self.param_groups)
+        own = overrides.overridden(self.param_groups, self._base_lrs)
         return [own.get(param, groups[id(param)]) for param in params]
 
     def _format_for(self, param: Tensor, options: Group) -> qstate.Format:
@@ -332,7 +315,7 @@ class QAdam(Optimizer):
             self._check_group(group)
 
         state: defaultdict[Any, Any] = defaultdict(dict, deepcopy(saved.others))
-        overridden = overrides.overridden(saved.groups)
+        overridden = overrides.overridden(saved.groups, self._base_lrs)
         groups = [group for group in saved.groups for _ in group["params"]]
         found, wanted = [], []
         for number, entry in saved.entries.values():
@@ -350,7 +333,7 @@ class QAdam(Optimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_bits", "_min_8bit_size", "_nonfinite", "_nonfinite_count", "_paged")
+        own = ("_bits", "_min_8bit_size", "_nonfinite", "_nonfinite_count", "_paged", "_base_lrs")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -422,19 +405,9 @@ class QAdam(Optimizer):
 def _to_device(value: Tensor | None, device: torch.device) -> Tensor | None:
     if value is None:
         return None
-    return value.detach().to(device, torch.float32, non_blocking=True)
+    # what comes to the CPU is read at once
+    return value.detach().to(device, torch.float32, non_blocking=device.type != "cpu")
 
 
 _ONLY_ARGS = ("max_unorm", "skip_zeros")
 """Options that bitsandbytes takes from ``args`` alone."""
-
-
-def _whole(name: str, value: int, low: int, high: int | None) -> int:
-    """``value`` if it is a whole number in range."""
-    top = "" if high is None else f" and at most {high}"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        pass
-    elif high is None or value <= high:
-        return value
-    msg = f"{name} must be a whole number of at least {low}{top}, got {value!r}"
-    raise ValueError(msg)

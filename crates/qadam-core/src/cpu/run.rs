@@ -69,6 +69,12 @@ pub fn check(steps: &[TensorStep]) -> Result<()> {
     if mapped::is_unused() {
         return Ok(());
     }
+    check_owner(steps)?;
+    arenas(steps).iter().flatten().try_for_each(|arena| arena.check())
+}
+
+/// [`check`] without what an earlier wave of the same step could have found.
+fn check_owner(steps: &[TensorStep]) -> Result<()> {
     let process = process::id();
     for (index, step) in steps.iter().enumerate() {
         for range in step.state.addresses(0, step.len()) {
@@ -76,7 +82,6 @@ pub fn check(steps: &[TensorStep]) -> Result<()> {
             if arena.owner() != process {
                 return Err(Error::Forked { index, owner: arena.owner(), process });
             }
-            arena.check()?;
         }
     }
     Ok(())
@@ -99,7 +104,8 @@ fn arenas(steps: &[TensorStep]) -> Vec<Option<Arc<Arena>>> {
 /// Updates every tensor and returns how many elements had a non-finite gradient.
 ///
 /// # Errors
-/// As [`check`], and [`Error::ThreadPool`]; all before anything is written.
+/// [`Error::Forked`] and [`Error::ThreadPool`], before anything is written. Call [`check`] before the
+/// first run of a step.
 ///
 /// # Safety
 /// No two of `steps` share an element of a parameter or of state (see [`disjoint_waves`]), and the
@@ -125,7 +131,7 @@ pub unsafe fn run(steps: &[TensorStep], backend: Backend, threads: usize) -> Res
     if mapped::is_unused() {
         return over_chunks(steps, &chunks, threads, update);
     }
-    check(steps)?;
+    check_owner(steps)?;
     let arenas = arenas(steps);
     let paged: Vec<&Arena> = arenas.iter().flatten().map(AsRef::as_ref).collect();
     if paged.is_empty() {

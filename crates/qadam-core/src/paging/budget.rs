@@ -1,5 +1,6 @@
 //! How much paged state may stay in memory.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -37,16 +38,21 @@ pub(super) fn plan(arenas: &[&Arena]) -> Plan {
     let budget = limits.filter_map(Arena::limit).min().unwrap_or_else(|| {
         if total <= SMALL { SMALL } else { available().unwrap_or(u64::MAX) / 4 * 3 }
     });
-    decide(total, budget)
+    let own: BTreeMap<usize, usize> =
+        arenas.iter().map(|arena| (arena.address(), arena.bytes())).collect();
+    decide(own.into_values().map(|bytes| bytes as u64).sum(), total, budget)
 }
 
-fn decide(total: u64, budget: u64) -> Plan {
+/// For a step through `own` bytes of the `total`.
+fn decide(own: u64, total: u64, budget: u64) -> Plan {
     if total <= budget {
         return Plan { keeps_all: true, keep: usize::MAX, window: WINDOW };
     }
     let budget = usize::try_from(budget).unwrap_or(usize::MAX);
     let window = (budget / (2 * IN_FLIGHT)).clamp(LEAST, WINDOW);
-    Plan { keeps_all: false, keep: budget / 2, window }
+    // other optimizers keep theirs: each has its share
+    let share = own.min(total) as f64 / total as f64;
+    Plan { keeps_all: false, keep: ((budget / 2) as f64 * share) as usize, window }
 }
 
 /// `QADAM_PAGE_MEMORY`: how many bytes of paged state may stay in memory, if it is set.
@@ -97,7 +103,9 @@ fn version_1(group: &Path) -> Option<u64> {
 }
 
 fn version_2(group: &Path) -> Option<u64> {
-    let limit = number(&group.join("memory.max"))?; // "max" is no number and no limit
+    // "max" is no number and no limit; beyond "high" a process is slowed down
+    let limits = ["memory.max", "memory.high"].map(|name| number(&group.join(name)));
+    let limit = limits.into_iter().flatten().min()?;
     let used = number(&group.join("memory.current"))?;
     let stat = fs::read_to_string(group.join("memory.stat")).ok()?;
     let cache = field(&stat, "active_file")? + field(&stat, "inactive_file")?;
@@ -120,11 +128,12 @@ mod tests {
 
     #[test]
     fn what_fits_stays_and_what_does_not_goes_through_in_windows() {
-        assert!(decide(1 << 30, 1 << 30).keeps_all);
-        let plan = decide((1 << 30) + 1, 1 << 30);
+        assert!(decide(1 << 29, 1 << 30, 1 << 30).keeps_all);
+        let plan = decide(1 << 31, 1 << 31, 1 << 30);
         assert_eq!(plan, Plan { keeps_all: false, keep: 1 << 29, window: WINDOW });
+        assert_eq!(decide(1 << 29, 1 << 31, 1 << 30).keep, 1 << 27);
         assert!(plan.keep + IN_FLIGHT * plan.window <= 1 << 30);
-        assert_eq!(decide(1 << 20, 0), Plan { keeps_all: false, keep: 0, window: LEAST });
+        assert_eq!(decide(1 << 20, 1 << 20, 0), Plan { keeps_all: false, keep: 0, window: LEAST });
     }
 
     #[test]
@@ -150,6 +159,9 @@ mod tests {
         group("b", "500\n", "400\n");
         group("b/c", "max\n", "100\n");
         assert_eq!(left_in("0::/b/c", root.path()), Some(150));
+        write("b/c/memory.high", "110\n");
+        assert_eq!(left_in("0::/b/c", root.path()), Some(60));
+        write("b/c/memory.high", "max\n");
         group("b/c", "120\n", "100\n");
         assert_eq!(left_in("0::/b/c", root.path()), Some(70));
         assert_eq!(left_in("0::/", root.path()), None);

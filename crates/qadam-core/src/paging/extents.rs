@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::state::{StateFormat, StateType};
 
-/// A parameter's state begins at a multiple of this, so that no two share a page of any processor's.
+/// A parameter's state begins at a multiple of this: the smallest page that processors have.
 const PAGE: usize = 4096;
 /// Drivers migrate and processors map this much at a time where they can.
 pub(crate) const HUGE: usize = 2 << 20;

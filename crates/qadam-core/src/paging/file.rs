@@ -50,8 +50,13 @@ mod linux {
             // Known beforehand, so that the disk is not filled for a moment first.
             return Err(io::Error::from_raw_os_error(libc::ENOSPC));
         }
-        // SAFETY: a valid descriptor.
-        let code = unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes as libc::off_t) };
+        let code = loop {
+            // SAFETY: a valid descriptor.
+            let code = unsafe { libc::posix_fallocate(file.as_raw_fd(), 0, bytes as libc::off_t) };
+            if code != libc::EINTR {
+                break code;
+            }
+        };
         match code {
             0 => Ok(()),
             libc::EOPNOTSUPP => {
@@ -122,15 +127,19 @@ mod linux {
         }
     }
 
+    /// Whether an error says that a call, or this use of it, does not exist.
+    const fn is_unknown(errno: i32) -> bool {
+        matches!(errno, libc::ENOSYS | libc::EINVAL | libc::ESPIPE | libc::EOPNOTSUPP)
+    }
+
     fn sync_range(file: &File, range: &Range<usize>, flags: libc::c_uint) -> io::Result<()> {
         let (at, len) = (range.start as libc::off64_t, range.len() as libc::off64_t);
         // SAFETY: a valid descriptor.
         let code = unsafe { libc::sync_file_range(file.as_raw_fd(), at, len, flags) };
         match result(code) {
-            // file systems in memory and some others know nothing of it
-            Err(error) if error.raw_os_error() == Some(libc::EIO) => Err(error),
-            Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => Err(error),
-            _ => Ok(()),
+            // where the call is unknown there is nothing to be told
+            Err(error) if error.raw_os_error().is_some_and(is_unknown) => Ok(()),
+            result => result,
         }
     }
 

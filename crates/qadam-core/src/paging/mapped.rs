@@ -149,7 +149,10 @@ impl Arena {
     }
 
     /// Notes why pages could not be written out.
-    pub(super) fn fail(&self, error: Error) {
+    pub(super) fn fail(&self, mut error: Error) {
+        if let Error::PageFile { reason, .. } = &mut error {
+            reason.push_str("; what was to be written may be lost: load a state dict");
+        }
         let _ = self.failure.set(error); // the first one counts
     }
 
@@ -261,8 +264,10 @@ fn create(directory: &Path) -> Result<File> {
 fn page_file(directory: &Path, doing: String, error: &io::Error) -> Error {
     let accepted = match error.raw_os_error() {
         Some(libc::ENOSPC) => "; a directory with more free space is accepted",
-        Some(libc::EIO) => "; what was to be written may be lost: load a state dict",
-        _ => "; a directory that exists and can be written is accepted",
+        Some(libc::ENOENT | libc::ENOTDIR | libc::EACCES | libc::EPERM | libc::EROFS) => {
+            "; a directory that exists and can be written is accepted"
+        }
+        _ => "",
     };
     Error::PageFile {
         directory: directory.display().to_string(),
@@ -309,7 +314,7 @@ mod tests {
         let arena = arena(&[(StateFormat::F32, 1000)]);
         assert_eq!(arena.check(), Ok(()));
         let error = arena.error("writing", &io::Error::from_raw_os_error(libc::EIO));
-        arena.fail(error.clone());
+        arena.fail(error);
         let text = arena.check().unwrap_err().to_string();
         assert!(text.starts_with("writing paged state in QADAM_PAGE_DIR=\"/var/tmp\": "), "{text}");
         assert!(text.contains("load a state dict"), "{text}");

@@ -113,8 +113,10 @@ pub unsafe fn run(
     backend: Backend,
     raise: bool,
 ) -> Result<usize> {
-    if waves.len() > 1 {
-        cpu::pool::start(threads)?;
+    let has_cuda = |wave: &Wave| !wave.cuda.is_empty();
+    let has_cpu = |wave: &Wave| !wave.cpu.steps.is_empty();
+    if waves.len() > 1 || (waves.iter().any(has_cuda) && waves.iter().any(has_cpu)) {
+        cpu::pool::start(threads)?; // later, something would have been written
     }
     for wave in waves {
         cpu::check(&wave.cpu.steps).map_err(|error| wave.cpu.locate(error))?;
