@@ -175,8 +175,7 @@ def to_bitsandbytes(
 
     Raises:
         KeyError, TypeError, ValueError: if it is damaged; the message names the key. Also for what
-            bitsandbytes' Adam cannot do: coupled weight decay and ``maximize``.
-        NotImplementedError: for state of AMSGrad.
+            bitsandbytes' Adam cannot do: AMSGrad, coupled weight decay and ``maximize``.
     """
     if optim_bits not in (None, 8, 32):
         msg = f"optim_bits must be 32, 8 or None, got {optim_bits!r}"
