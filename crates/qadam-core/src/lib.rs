@@ -7,6 +7,7 @@ mod dtype;
 mod error;
 mod ieee;
 mod layout;
+pub mod norm;
 mod optimizer;
 pub mod paging;
 pub mod rule;

@@ -10,6 +10,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod kernels;
+mod norm;
 pub mod pool;
 mod run;
 mod scalar;
@@ -18,6 +19,7 @@ mod simd;
 
 use std::sync::OnceLock;
 
+pub use norm::squared_norms;
 pub use run::{check, count_nonfinite, disjoint_waves, run};
 
 use crate::error::{Error, Result};
