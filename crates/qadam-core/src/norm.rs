@@ -17,6 +17,12 @@ pub const LANES: usize = 32;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Lanes([f64; LANES]);
 
+impl Default for Lanes {
+    fn default() -> Self {
+        Self::ZERO
+    }
+}
+
 impl Lanes {
     pub const ZERO: Self = Self([0.0; LANES]);
 

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use crate::clip::{self, Gradient, HISTORY, Percentile};
 use crate::codec::block::BLOCK;
 use crate::codec::dynamic::{Sign, zero_code};
 use crate::cpu::{self, Backend};
@@ -112,12 +113,31 @@ impl<'a> Update<'a> {
     }
 }
 
+/// What a step is told besides its gradients.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepOptions {
+    /// The scale of the loss, as for mixed precision: gradients are multiplied by its inverse first.
+    /// A step whose scale turned out too large is one that is not taken.
+    pub grad_scale: f32,
+    /// The norm that all gradients together are cut to before anything else (`torch.nn.utils.
+    /// clip_grad_norm_`); infinity only measures it.
+    pub max_grad_norm: Option<f64>,
+}
+
+impl Default for StepOptions {
+    fn default() -> Self {
+        Self { grad_scale: 1.0, max_grad_norm: None }
+    }
+}
+
 /// What a step did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Report {
     /// How many elements had a non-finite gradient; unless the optimizer propagates them, they
     /// were left as they were.
     pub nonfinite: usize,
+    /// The norm of all gradients before they were cut, where [`StepOptions::max_grad_norm`] asked.
+    pub grad_norm: Option<f64>,
 }
 
 /// A buffer of a parameter's state.
@@ -134,13 +154,14 @@ pub enum Buffer<'a> {
 pub struct Coded {
     /// A code an element.
     pub code: Vec<u8>,
-    /// One scale a block of 256 elements, finite and at least 0.
+    /// One scale a block of 256 elements, or one in all; finite and at least 0.
     pub scale: Vec<f32>,
 }
 
 impl Coded {
-    fn zeros(sign: Sign, len: usize) -> Self {
-        Self { code: vec![zero_code(sign); len], scale: vec![0.0; len.div_ceil(BLOCK)] }
+    fn zeros(sign: Sign, len: usize, block_wise: bool) -> Self {
+        let scales = if block_wise { len.div_ceil(BLOCK) } else { len.min(1) };
+        Self { code: vec![zero_code(sign); len], scale: vec![0.0; scales] }
     }
 
     const fn raw(&mut self) -> RawCoded {
@@ -168,6 +189,8 @@ pub enum State {
         exp_avg_sq: Coded,
         /// With `AMSGrad`, the largest second moments so far.
         max_exp_avg_sq: Option<Coded>,
+        /// Whether there is a scale a block, as there should be; else each moment has one.
+        block_wise: bool,
     },
 }
 
@@ -182,9 +205,12 @@ impl State {
                 max_exp_avg_sq: format.amsgrad.then(|| vec![0.0; len]),
             },
             StateCode::Dynamic8 => Self::Dynamic8 {
-                exp_avg: Coded::zeros(Sign::Signed, len),
-                exp_avg_sq: Coded::zeros(Sign::Unsigned, len),
-                max_exp_avg_sq: format.amsgrad.then(|| Coded::zeros(Sign::Unsigned, len)),
+                exp_avg: Coded::zeros(Sign::Signed, len, format.block_wise),
+                exp_avg_sq: Coded::zeros(Sign::Unsigned, len, format.block_wise),
+                max_exp_avg_sq: format
+                    .amsgrad
+                    .then(|| Coded::zeros(Sign::Unsigned, len, format.block_wise)),
+                block_wise: format.block_wise,
             },
         }
     }
@@ -196,9 +222,9 @@ impl State {
             Self::F32 { max_exp_avg_sq, .. } => {
                 StateFormat::F32.with_amsgrad(max_exp_avg_sq.is_some())
             }
-            Self::Dynamic8 { max_exp_avg_sq, .. } => {
-                StateFormat::DYNAMIC8.with_amsgrad(max_exp_avg_sq.is_some())
-            }
+            Self::Dynamic8 { max_exp_avg_sq, block_wise, .. } => StateFormat::DYNAMIC8
+                .with_amsgrad(max_exp_avg_sq.is_some())
+                .with_block_wise(*block_wise),
         }
     }
 
@@ -241,7 +267,7 @@ impl State {
                 let moments = [exp_avg, exp_avg_sq].into_iter().chain(max_exp_avg_sq);
                 moments.map(|moment| Buffer::F32(moment)).collect()
             }
-            Self::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq } => {
+            Self::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq, .. } => {
                 let moments = [exp_avg, exp_avg_sq].into_iter().chain(max_exp_avg_sq);
                 moments.flat_map(|m| [Buffer::U8(&m.code), Buffer::F32(&m.scale)]).collect()
             }
@@ -255,11 +281,12 @@ impl State {
                 v: exp_avg_sq.as_mut_ptr(),
                 max_v: max_exp_avg_sq.as_mut().map(Vec::as_mut_ptr),
             }),
-            Self::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq } => {
+            Self::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq, block_wise } => {
                 RawState::Dynamic8(Moments8 {
                     m: exp_avg.raw(),
                     v: exp_avg_sq.raw(),
                     max_v: max_exp_avg_sq.as_mut().map(Coded::raw),
+                    block_wise: *block_wise,
                 })
             }
         }
@@ -272,6 +299,8 @@ struct Slot {
     len: usize,
     step: u64,
     state: State,
+    /// For percentile clipping.
+    norms: [f32; HISTORY],
 }
 
 /// Adam or AdamW over slices; the state is in here, the parameters stay the caller's.
@@ -279,6 +308,7 @@ struct Slot {
 pub struct Adam {
     hyper: Hyper,
     format: StateFormat,
+    percentile: Option<usize>,
     threads: usize,
     backend: Backend,
     slots: Vec<Slot>,
@@ -294,7 +324,22 @@ impl Adam {
         hyper.validate()?;
         let machine = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = cpu::pool::threads(machine)?;
-        Ok(Self { hyper, format, threads, backend: Backend::current()?, slots: Vec::new() })
+        let (percentile, backend) = (None, Backend::current()?);
+        Ok(Self { hyper, format, percentile, threads, backend, slots: Vec::new() })
+    }
+
+    /// The same, with each gradient cut to this percentile of its parameter's last 100 gradient norms
+    /// ([`clip::percentile`]); 100 is no clipping.
+    ///
+    /// # Errors
+    /// [`Error::Hyperparameter`] unless it is from 1 to 100.
+    pub fn with_percentile_clipping(mut self, percentile: usize) -> Result<Self> {
+        if !(1..=HISTORY).contains(&percentile) {
+            let (name, accepted) = ("percentile_clipping", "a whole number from 1 to 100");
+            return Err(Error::Hyperparameter { name, value: percentile as f64, accepted });
+        }
+        self.percentile = (percentile < HISTORY).then_some(percentile);
+        Ok(self)
     }
 
     /// The same, with this many threads. Their number does not change the result.
@@ -319,7 +364,8 @@ impl Adam {
 
     /// Adds a parameter of `len` elements, with zero state.
     pub fn add(&mut self, len: usize) -> ParamId {
-        self.slots.push(Slot { len, step: 0, state: State::zeros(self.format, len) });
+        let state = State::zeros(self.format, len);
+        self.slots.push(Slot { len, step: 0, state, norms: [0.0; HISTORY] });
         ParamId(self.slots.len() - 1)
     }
 
@@ -346,23 +392,27 @@ impl Adam {
     /// position in `updates`), [`Error::NonFiniteGradient`], [`Error::ThreadPool`]; all before
     /// anything is written.
     pub fn step(&mut self, updates: &mut [Update<'_>]) -> Result<Report> {
-        self.step_scaled(updates, 1.0)
+        self.step_with(updates, &StepOptions::default())
     }
 
-    /// The same with gradients of a loss that was multiplied by `grad_scale`, as for mixed precision:
-    /// each is multiplied by its inverse first. A step whose scale turned out too large is one that
-    /// is not taken.
+    /// [`Adam::step`], told more.
     ///
     /// # Errors
-    /// As [`Adam::step`], and what [`rule::check_grad_scale`] returns.
-    pub fn step_scaled(&mut self, updates: &mut [Update<'_>], grad_scale: f32) -> Result<Report> {
-        rule::check_grad_scale(grad_scale)?;
+    /// As [`Adam::step`], and what [`rule::check_grad_scale`] and [`clip::check_max_grad_norm`]
+    /// return.
+    pub fn step_with(
+        &mut self,
+        updates: &mut [Update<'_>],
+        options: &StepOptions,
+    ) -> Result<Report> {
+        rule::check_grad_scale(options.grad_scale)?;
+        options.max_grad_norm.map_or(Ok(()), clip::check_max_grad_norm)?;
         self.check(updates)?;
         let mut steps = Vec::with_capacity(updates.len());
         for update in updates.iter_mut() {
             let slot = &mut self.slots[update.id.0];
             let coefficients = Coefficients::new(&self.hyper, slot.step + 1);
-            let coefficients = coefficients.with_grad_scale(grad_scale);
+            let coefficients = coefficients.with_grad_scale(options.grad_scale);
             let param = (update.param.pointer(), update.param.dtype());
             let grad = (update.grad.pointer(), update.grad.dtype());
             let walk = Walk::flat(slot.len);
@@ -372,17 +422,54 @@ impl Adam {
                 TensorStep::new(param, grad, walk, slot.state.raw(), coefficients)
             });
         }
+        // Histories change once the step is done.
+        let mut norms: Vec<_> =
+            updates.iter().map(|update| self.slots[update.id.0].norms).collect();
+        let mut grad_norm = None;
         // SAFETY: parameters are distinct `&mut` slices, states belong to distinct slots.
         let nonfinite = unsafe {
             if self.hyper.nonfinite == NonFinite::Raise {
                 cpu::count_nonfinite(&steps, self.threads)?;
             }
+            if self.percentile.is_some() || options.max_grad_norm.is_some() {
+                let norm = self.cut(&mut steps, updates, &mut norms, options.max_grad_norm)?;
+                grad_norm = options.max_grad_norm.map(|_| norm);
+            }
             cpu::run(&steps, self.backend, self.threads)?
         };
-        for update in updates {
-            self.slots[update.id.0].step += 1;
+        for (update, norms) in updates.iter().zip(norms) {
+            let slot = &mut self.slots[update.id.0];
+            slot.step += 1;
+            slot.norms = norms;
         }
-        Ok(Report { nonfinite })
+        Ok(Report { nonfinite, grad_norm })
+    }
+
+    /// Cuts gradients, and returns the norm of all.
+    ///
+    /// # Safety
+    /// As [`cpu::squared_norms`].
+    unsafe fn cut(
+        &self,
+        steps: &mut [TensorStep],
+        updates: &[Update<'_>],
+        norms: &mut [[f32; HISTORY]],
+        max_norm: Option<f64>,
+    ) -> Result<f64> {
+        // SAFETY: by contract.
+        let squares = unsafe { cpu::squared_norms(steps, self.backend, self.threads)? };
+        let gradients = steps.iter().zip(updates).zip(norms).zip(squares);
+        let gradients = gradients.map(|(((step, update), history), squares)| {
+            let t = self.slots[update.id.0].step + 1;
+            let percentile =
+                self.percentile.map(|percentile| Percentile { history, t, percentile });
+            Gradient { squares, factor: step.coefficients.factor, percentile }
+        });
+        let (norm, factors) = clip::gradients(&mut gradients.collect::<Vec<_>>(), max_norm);
+        for (step, factor) in steps.iter_mut().zip(factors) {
+            step.coefficients = step.coefficients.with_factor(factor);
+        }
+        Ok(norm)
     }
 
     fn check(&self, updates: &[Update<'_>]) -> Result<()> {
@@ -416,6 +503,29 @@ impl Adam {
         Ok((&slot.state, slot.step))
     }
 
+    /// The squared norms of a parameter's last gradients, to be saved beside its state; all 0 without
+    /// [percentile clipping](Adam::with_percentile_clipping).
+    ///
+    /// # Errors
+    /// [`Error::UnknownParameter`].
+    pub fn norms(&self, id: ParamId) -> Result<&[f32; HISTORY]> {
+        Ok(&self.slot(id)?.norms)
+    }
+
+    /// Replaces them by saved ones.
+    ///
+    /// # Errors
+    /// [`Error::UnknownParameter`], or [`Error::StateValue`] for one that is negative or not finite.
+    pub fn load_norms(&mut self, id: ParamId, norms: [f32; HISTORY]) -> Result<()> {
+        self.slot(id)?;
+        if let Some(index) = norms.iter().position(|norm| !(norm.is_finite() && *norm >= 0.0)) {
+            let (what, accepted) = ("gnorm_vec", "a finite number of at least 0");
+            return Err(Error::StateValue { what, value: norms[index], index, accepted });
+        }
+        self.slots[id.0].norms = norms;
+        Ok(())
+    }
+
     /// Replaces a parameter's state and step count by saved ones.
     ///
     /// # Errors
@@ -427,7 +537,8 @@ impl Adam {
             return Err(Error::StateFormat { got: state.format(), expected: self.format });
         }
         state.validate(len)?;
-        self.slots[id.0] = Slot { len, step, state };
+        let slot = &mut self.slots[id.0];
+        (slot.step, slot.state) = (step, state);
         Ok(())
     }
 }
@@ -438,7 +549,8 @@ mod tests {
 
     fn formats() -> impl Iterator<Item = StateFormat> {
         let amsgrad = |format: StateFormat| [false, true].map(|on| format.with_amsgrad(on));
-        [StateFormat::F32, StateFormat::DYNAMIC8].into_iter().flat_map(amsgrad)
+        let whole = StateFormat::DYNAMIC8.with_block_wise(false);
+        [StateFormat::F32, StateFormat::DYNAMIC8, whole].into_iter().flat_map(amsgrad)
     }
 
     fn adam(format: StateFormat) -> Adam {
@@ -541,7 +653,8 @@ mod tests {
             match &mut state {
                 State::F32 { max_exp_avg_sq, .. } => max_exp_avg_sq.as_mut().unwrap()[7] = -1.0,
                 State::Dynamic8 { max_exp_avg_sq, .. } => {
-                    max_exp_avg_sq.as_mut().unwrap().scale[1] = f32::INFINITY;
+                    let scale = &mut max_exp_avg_sq.as_mut().unwrap().scale;
+                    *scale.last_mut().unwrap() = f32::INFINITY;
                 }
             }
             let found = text(state.clone());
@@ -583,11 +696,13 @@ mod tests {
                 let large: Vec<f32> = small.iter().map(|g| g * scale).collect();
                 plain.step(&mut [Update::new(a, &mut p[..], &small[..])]).unwrap();
                 let update = Update::new(b, &mut q[..], &large[..]);
-                scaled.step_scaled(&mut [update], scale).unwrap();
+                let options = StepOptions { grad_scale: scale, ..StepOptions::default() };
+                scaled.step_with(&mut [update], &options).unwrap();
             }
             assert_eq!((&p, plain.state(a).unwrap()), (&q, scaled.state(b).unwrap()));
             let update = Update::new(b, &mut q[..], &p[..]);
-            let error = scaled.step_scaled(&mut [update], 0.0).unwrap_err();
+            let options = StepOptions { grad_scale: 0.0, ..StepOptions::default() };
+            let error = scaled.step_with(&mut [update], &options).unwrap_err();
             assert!(matches!(error, Error::Hyperparameter { name: "grad_scale", .. }));
             assert_eq!(scaled.state(b).unwrap().1, 3);
         }

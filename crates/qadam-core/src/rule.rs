@@ -12,7 +12,8 @@
 //! p  = p' - lr / c1 * m / (sqrt(d) / sqrt(c2) + eps)
 //! ```
 //!
-//! `factor` is -1 to maximize, else 1, divided by the scale of the loss (mixed precision). AMSGrad is
+//! `factor` is -1 to maximize, else 1, divided by the scale of the loss (mixed precision), times what
+//! clipping makes of it ([`clip`](crate::clip)), which may shrink the last line's step, too. AMSGrad is
 //! that of Reddi, Kale and Kumar, *On the Convergence of Adam and Beyond*, 2018, as `torch.optim` has
 //! it: the maximum is over second moments that are not corrected for their bias.
 //!
@@ -67,6 +68,14 @@ pub struct Hyper {
     pub nonfinite: NonFinite,
     /// Whether to go up the gradient rather than down.
     pub maximize: bool,
+    /// Whether elements whose gradient is zero, of either sign, are left as they are: parameter and
+    /// state, without decay (bitsandbytes' `skip_zeros`).
+    pub skip_zeros: bool,
+    /// The largest norm of a parameter's update, before it is multiplied by `lr`, as a multiple of
+    /// the parameter's norm; 0 for no limit (bitsandbytes' `max_unorm`): [`clip::update`].
+    ///
+    /// [`clip::update`]: crate::clip::update
+    pub max_unorm: f64,
 }
 
 impl Hyper {
@@ -82,6 +91,8 @@ impl Hyper {
             decay: Decay::Coupled,
             nonfinite: NonFinite::Skip,
             maximize: false,
+            skip_zeros: false,
+            max_unorm: 0.0,
         }
     }
 
@@ -110,7 +121,8 @@ impl Hyper {
         beta("betas[0]", self.beta1)?;
         beta("betas[1]", self.beta2)?;
         rate("eps", self.eps)?;
-        rate("weight_decay", self.weight_decay)
+        rate("weight_decay", self.weight_decay)?;
+        rate("max_unorm", self.max_unorm)
     }
 }
 
@@ -131,8 +143,15 @@ pub struct Coefficients {
     pub shrink: f32,
     /// What each gradient is multiplied by before anything else; non-finite is what then is.
     pub factor: f32,
+    /// `sqrt(c2) / c1`: what `m / (sqrt(v) + eps)` is multiplied by to be the update that `lr`
+    /// multiplies.
+    pub correction: f64,
+    /// [`Hyper::max_unorm`].
+    pub max_unorm: f64,
     /// Whether non-finite gradients pass through.
     pub propagate: bool,
+    /// Whether elements with zero gradients are left as they are.
+    pub skip_zeros: bool,
 }
 
 impl Coefficients {
@@ -154,7 +173,10 @@ impl Coefficients {
             l2: l2 as f32,
             shrink: shrink as f32,
             factor: if hyper.maximize { -1.0 } else { 1.0 },
+            correction: root_c2 / c1,
+            max_unorm: hyper.max_unorm,
             propagate: hyper.nonfinite == NonFinite::Propagate,
+            skip_zeros: hyper.skip_zeros,
         }
     }
 
@@ -166,7 +188,21 @@ impl Coefficients {
     #[must_use]
     pub fn with_grad_scale(self, scale: f32) -> Self {
         let _ieee = Ieee::enter(); // a subnormal factor stays one
-        Self { factor: self.factor * inverse(scale), ..self }
+        self.with_factor(inverse(scale))
+    }
+
+    /// The same for gradients that are multiplied by `factor` besides, as clipping does.
+    #[must_use]
+    pub fn with_factor(self, factor: f32) -> Self {
+        let _ieee = Ieee::enter();
+        Self { factor: self.factor * factor, ..self }
+    }
+
+    /// The same with updates multiplied by `scale`; decoupled decay is not.
+    #[must_use]
+    pub fn with_update_scale(self, scale: f32) -> Self {
+        let _ieee = Ieee::enter();
+        Self { step: self.step * scale, ..self }
     }
 }
 
@@ -226,23 +262,43 @@ pub fn effective_gradient(p: f32, g: f32, c: &Coefficients) -> f32 {
     if c.l2 == 0.0 { g } else { c.l2.mul_add(p, g) }
 }
 
-/// Updates one element with gradient `g`; the flag says whether the effective gradient was finite.
-/// Where it was not and `c.propagate` is unset, the element comes back as it was.
+/// What became of an element.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outcome {
+    /// Whether its effective gradient was finite; that of an element with a zero gradient is not
+    /// looked at where these are skipped.
+    pub finite: bool,
+    /// Whether it came back as it was.
+    pub kept: bool,
+}
+
+/// Updates one element with gradient `g`. It comes back as it was where the effective gradient is
+/// not finite and `c.propagate` is unset, or where `g` is zero and `c.skip_zeros` is set.
 #[must_use]
-pub fn update(e: Element, g: f32, c: &Coefficients) -> (Element, bool) {
+pub fn update(e: Element, g: f32, c: &Coefficients) -> (Element, Outcome) {
+    if c.skip_zeros && g == 0.0 {
+        return (e, Outcome { finite: true, kept: true });
+    }
     let g = effective_gradient(e.p, g, c);
     let finite = g.is_finite();
     if !finite && !c.propagate {
-        return (e, false);
+        return (e, Outcome { finite, kept: true });
     }
     let g = if finite { g.clamp(-GRADIENT_LIMIT, GRADIENT_LIMIT) } else { g };
     let m = c.w1.mul_add(g, (-c.w1).mul_add(e.m, e.m));
     let v = c.w2.mul_add(g * g, (-c.w2).mul_add(e.v, e.v));
     let p = if c.shrink == 0.0 { e.p } else { (-c.shrink).mul_add(e.p, e.p) };
     let max_v = e.max_v.map(|old| maximum(old, v));
-    let p = (-c.step).mul_add(m / (max_v.unwrap_or(v).sqrt() + c.eps), p);
+    let p = (-c.step).mul_add(direction(m, max_v.unwrap_or(v), c), p);
     let max_v = max_v.map(canonical);
-    (Element { p: canonical(p), m: canonical(m), v: canonical(v), max_v }, finite)
+    let e = Element { p: canonical(p), m: canonical(m), v: canonical(v), max_v };
+    (e, Outcome { finite, kept: false })
+}
+
+/// What `c.step` multiplies, of the new first moment and the second moment that divides it.
+#[must_use]
+pub fn direction(m: f32, v: f32, c: &Coefficients) -> f32 {
+    m / (v.sqrt() + c.eps)
 }
 
 /// The larger number; NaN if either is (`torch.maximum`).
@@ -294,10 +350,10 @@ mod tests {
         let e = element(1.0, 0.5, 0.25);
         for g in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let skip = Coefficients::new(&Hyper::adam(), 3);
-            assert_eq!(update(e, g, &skip), (e, false));
+            assert_eq!(update(e, g, &skip), (e, Outcome { finite: false, kept: true }));
             let hyper = Hyper { nonfinite: NonFinite::Propagate, ..Hyper::adam() };
-            let (out, finite) = update(e, g, &Coefficients::new(&hyper, 3));
-            assert!(out.p.is_nan() && !finite);
+            let (out, outcome) = update(e, g, &Coefficients::new(&hyper, 3));
+            assert!(out.p.is_nan() && outcome == Outcome { finite: false, kept: false });
         }
     }
 
@@ -338,6 +394,21 @@ mod tests {
     }
 
     #[test]
+    fn zero_gradients_leave_the_element_where_that_is_asked_for() {
+        let hyper = Hyper { skip_zeros: true, weight_decay: 0.5, ..Hyper::adam() };
+        let e = Element { max_v: Some(0.5), ..element(1.0, 0.5, 0.25) };
+        for decay in [Decay::Coupled, Decay::Decoupled] {
+            let c = Coefficients::new(&Hyper { decay, ..hyper }, 3);
+            for g in [0.0, -0.0] {
+                assert_eq!(update(e, g, &c), (e, Outcome { finite: true, kept: true }));
+            }
+            let plain = Coefficients::new(&Hyper { decay, skip_zeros: false, ..hyper }, 3);
+            assert_ne!(update(e, 0.0, &plain).0, e);
+            assert_eq!(update(e, 1e-45, &c), update(e, 1e-45, &plain));
+        }
+    }
+
+    #[test]
     fn amsgrad_divides_by_the_largest_second_moment() {
         let c = Coefficients::new(&Hyper { eps: 0.0, ..Hyper::adam() }, 1);
         let (low, high) = (Some(1e-9), Some(4.0));
@@ -348,7 +419,7 @@ mod tests {
         let kept = update(Element { max_v: high, ..e }, 0.5, &c).0;
         assert_eq!((kept.m, kept.v, kept.max_v), (plain.m, plain.v, high));
         assert_eq!(kept.p, (-c.step).mul_add(kept.m / 2.0, 1.0));
-        assert_eq!(update(e, f32::NAN, &c), (e, false));
+        assert_eq!(update(e, f32::NAN, &c).0, e);
     }
 
     /// `torch.optim.Adam`'s equation with `amsgrad`, in f64.
@@ -418,8 +489,8 @@ mod tests {
         }
         // What overflows was too large, and what the division makes finite is not.
         let small = plain.with_grad_scale(0.5);
-        assert_eq!(update(e, f32::MAX, &small), (e, false));
-        assert!(update(e, f32::MAX, &plain.with_grad_scale(2.0)).1);
+        assert_eq!(update(e, f32::MAX, &small), (e, Outcome { finite: false, kept: true }));
+        assert!(update(e, f32::MAX, &plain.with_grad_scale(2.0)).1.finite);
         // Rounded once, from f64; and the sign stays.
         assert_eq!(plain.with_grad_scale(3.0).factor, (1.0_f64 / 3.0) as f32);
         let up = Coefficients::new(&Hyper { maximize: true, ..hyper }, 3);

@@ -12,7 +12,7 @@ use crate::codec::BLOCK;
 pub enum StateCode {
     /// An f32 an element.
     F32,
-    /// An 8-bit code of bitsandbytes' dynamic map an element, and an f32 scale a block.
+    /// An 8-bit code of bitsandbytes' dynamic map an element, and f32 scales.
     Dynamic8,
 }
 
@@ -23,6 +23,9 @@ pub struct StateFormat {
     pub code: StateCode,
     /// Whether there is a third moment: the largest second moment so far, by which `AMSGrad` divides.
     pub amsgrad: bool,
+    /// Whether codes have a scale a block, as they should; else each moment has one scale for the
+    /// whole tensor (bitsandbytes' `block_wise=False`). Of no account at 32 bits.
+    pub block_wise: bool,
 }
 
 /// Element type of a state buffer.
@@ -41,6 +44,8 @@ pub enum Per {
     Element,
     /// One block of the parameter's elements.
     Block,
+    /// The whole parameter.
+    Tensor,
 }
 
 /// One buffer of a parameter's state.
@@ -58,9 +63,9 @@ pub struct BufferSpec {
 
 impl StateFormat {
     /// Two f32 an element: 8 bytes.
-    pub const F32: Self = Self { code: StateCode::F32, amsgrad: false };
+    pub const F32: Self = Self { code: StateCode::F32, amsgrad: false, block_wise: true };
     /// Two 8-bit codes an element and two f32 scales a block: 2.03 bytes an element.
-    pub const DYNAMIC8: Self = Self { code: StateCode::Dynamic8, amsgrad: false };
+    pub const DYNAMIC8: Self = Self { code: StateCode::Dynamic8, amsgrad: false, block_wise: true };
 
     /// The same with or without the third moment: half as many bytes more.
     #[must_use]
@@ -68,14 +73,24 @@ impl StateFormat {
         Self { amsgrad, ..self }
     }
 
+    /// The same with a scale a block or, if it has codes, one scale for the whole tensor.
+    #[must_use]
+    pub const fn with_block_wise(self, block_wise: bool) -> Self {
+        let has_codes = matches!(self.code, StateCode::Dynamic8);
+        Self { block_wise: block_wise || !has_codes, ..self }
+    }
+
     /// The buffers of a parameter of `len` elements, moment by moment; the third moment's come last.
     #[must_use]
     pub fn buffers(self, len: usize) -> Vec<BufferSpec> {
         let values = |name| BufferSpec { name, dtype: StateType::F32, per: Per::Element, len };
         let codes = |name| BufferSpec { name, dtype: StateType::U8, per: Per::Element, len };
-        let blocks = len.div_ceil(BLOCK);
-        let scales =
-            |name| BufferSpec { name, dtype: StateType::F32, per: Per::Block, len: blocks };
+        let (per, count) = if self.block_wise {
+            (Per::Block, len.div_ceil(BLOCK))
+        } else {
+            (Per::Tensor, len.min(1))
+        };
+        let scales = |name| BufferSpec { name, dtype: StateType::F32, per, len: count };
         let mut buffers = match self.code {
             StateCode::F32 => {
                 vec![values("exp_avg"), values("exp_avg_sq"), values("max_exp_avg_sq")]
@@ -102,6 +117,7 @@ impl fmt::Display for StateFormat {
             StateCode::F32 => "32-bit",
             StateCode::Dynamic8 => "8-bit (dynamic)",
         })?;
+        f.write_str(if self.block_wise { "" } else { ", one scale" })?;
         f.write_str(if self.amsgrad { " with AMSGrad" } else { "" })
     }
 }
@@ -124,12 +140,17 @@ mod tests {
             assert_eq!(bytes(format, 256_000), (256_000 + 4_000) * moments);
             assert_eq!(bytes(format, 257), (257 + 8) * moments);
             assert_eq!(bytes(format, 0), 0);
+            let whole = format.with_block_wise(false);
+            assert_eq!(bytes(whole, 256_000), (256_000 + 4) * moments);
+            assert_eq!(bytes(whole, 0), 0);
         }
+        assert_eq!(StateFormat::F32.with_block_wise(false), StateFormat::F32);
     }
 
     #[test]
     fn the_third_moment_comes_last() {
-        for format in [StateFormat::F32, StateFormat::DYNAMIC8] {
+        let whole = StateFormat::DYNAMIC8.with_block_wise(false);
+        for format in [StateFormat::F32, StateFormat::DYNAMIC8, whole] {
             let (two, three) = (format.buffers(300), format.with_amsgrad(true).buffers(300));
             let third = three.strip_prefix(&two[..]).unwrap();
             assert!(third.iter().all(|buffer| buffer.name.starts_with("max_exp_avg_sq")));
@@ -143,6 +164,8 @@ mod tests {
     fn messages_name_what_differs() {
         let text = StateFormat::DYNAMIC8.with_amsgrad(true).to_string();
         assert_eq!(text, "8-bit (dynamic) with AMSGrad");
+        let text = StateFormat::DYNAMIC8.with_block_wise(false).to_string();
+        assert_eq!(text, "8-bit (dynamic), one scale");
         assert_eq!(StateFormat::F32.to_string(), "32-bit");
     }
 }

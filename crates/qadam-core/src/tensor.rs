@@ -25,7 +25,7 @@ pub struct Moments32 {
 pub struct RawCoded {
     /// Codes, one byte an element.
     pub code: *mut u8,
-    /// Scales, one f32 a block.
+    /// Scales: one f32 a block, or one in all.
     pub scale: *mut f32,
 }
 
@@ -38,6 +38,8 @@ pub struct Moments8 {
     pub v: RawCoded,
     /// Largest second moments so far, by which the update divides (`AMSGrad`).
     pub max_v: Option<RawCoded>,
+    /// Whether there is a scale a block.
+    pub block_wise: bool,
 }
 
 impl Moments32 {
@@ -58,11 +60,12 @@ impl RawCoded {
     /// The moment from element `start` on, which begins a block.
     ///
     /// # Safety
-    /// `start` is a multiple of [`BLOCK`] and at most the number of codes.
-    pub(crate) unsafe fn skip(self, start: usize) -> Self {
+    /// `start` is a multiple of [`BLOCK`] and at most the number of codes; `block_wise` is right.
+    pub(crate) unsafe fn skip(self, start: usize, block_wise: bool) -> Self {
         debug_assert_eq!(start % BLOCK, 0);
+        let scales = if block_wise { start / BLOCK } else { 0 };
         // SAFETY: element `start` and its block are within the buffers, by contract.
-        unsafe { Self { code: self.code.add(start), scale: self.scale.add(start / BLOCK) } }
+        unsafe { Self { code: self.code.add(start), scale: self.scale.add(scales) } }
     }
 }
 
@@ -72,11 +75,16 @@ impl Moments8 {
     /// # Safety
     /// `start` is a multiple of [`BLOCK`] and at most the length of the code buffers.
     pub(crate) unsafe fn skip(self, start: usize) -> Self {
-        // SAFETY: this function's contract.
-        unsafe {
-            let max_v = self.max_v.map(|max_v| max_v.skip(start));
-            Self { m: self.m.skip(start), v: self.v.skip(start), max_v }
-        }
+        let skip = |moment: RawCoded| {
+            // SAFETY: this function's contract.
+            unsafe { moment.skip(start, self.block_wise) }
+        };
+        Self { m: skip(self.m), v: skip(self.v), max_v: self.max_v.map(skip), ..self }
+    }
+
+    /// The two or three moments.
+    pub(crate) fn each(self) -> impl Iterator<Item = RawCoded> {
+        [self.m, self.v].into_iter().chain(self.max_v)
     }
 }
 
@@ -108,7 +116,7 @@ impl RawState {
                 let mut next = || Some(RawCoded { code: rest.next()?, scale: rest.next()?.cast() });
                 let (m, v) = (next()?, next()?);
                 let max_v = if format.amsgrad { Some(next()?) } else { None };
-                Self::Dynamic8(Moments8 { m, v, max_v })
+                Self::Dynamic8(Moments8 { m, v, max_v, block_wise: format.block_wise })
             }
         };
         rest.next().is_none().then_some(state)
@@ -119,7 +127,9 @@ impl RawState {
     pub const fn format(self) -> StateFormat {
         match self {
             Self::F32(moments) => StateFormat::F32.with_amsgrad(moments.max_v.is_some()),
-            Self::Dynamic8(moments) => StateFormat::DYNAMIC8.with_amsgrad(moments.max_v.is_some()),
+            Self::Dynamic8(moments) => StateFormat::DYNAMIC8
+                .with_amsgrad(moments.max_v.is_some())
+                .with_block_wise(moments.block_wise),
         }
     }
 
@@ -136,11 +146,12 @@ impl RawState {
                 let values = [m, v].into_iter().chain(max_v);
                 values.map(|moment| part(moment.addr(), &elements, 4)).collect()
             }
-            Self::Dynamic8(Moments8 { m, v, max_v }) => {
+            Self::Dynamic8(moments) => {
+                let scales = if moments.block_wise { blocks } else { 0..len.min(1) };
                 let of_moment = |RawCoded { code, scale }: RawCoded| {
-                    [part(code.addr(), &elements, 1), part(scale.addr(), &blocks, 4)]
+                    [part(code.addr(), &elements, 1), part(scale.addr(), &scales, 4)]
                 };
-                [m, v].into_iter().chain(max_v).flat_map(of_moment).collect()
+                moments.each().flat_map(of_moment).collect()
             }
         }
     }
@@ -203,7 +214,8 @@ unsafe impl Sync for TensorStep {}
 mod tests {
     use super::*;
 
-    const FORMATS: [StateFormat; 2] = [StateFormat::F32, StateFormat::DYNAMIC8];
+    const FORMATS: [StateFormat; 3] =
+        [StateFormat::F32, StateFormat::DYNAMIC8, StateFormat::DYNAMIC8.with_block_wise(false)];
 
     #[test]
     fn addresses_are_those_of_the_buffers_in_order() {
@@ -216,7 +228,11 @@ mod tests {
             let want = |start: usize, len: usize| -> Vec<Range<usize>> {
                 let of_buffer = |(base, spec): (usize, &crate::BufferSpec)| {
                     let size = if spec.dtype == crate::StateType::F32 { 4 } else { 1 };
-                    let each = if spec.per == crate::Per::Block { BLOCK } else { 1 };
+                    let each = match spec.per {
+                        crate::Per::Element => 1,
+                        crate::Per::Block => BLOCK,
+                        crate::Per::Tensor => return base..base + size,
+                    };
                     base + start / each * size..base + (start + len).div_ceil(each) * size
                 };
                 pointers.iter().map(|p| p.addr()).zip(&specs).map(of_buffer).collect()

@@ -139,7 +139,8 @@ fn codes_are_idempotent_at_scales_of_all_sizes() {
         let code = (0..LEN).map(|i| 255 - (i % 256) as u8).collect();
         let all = Coded { code, scale: vec![scale; 2] };
         let (exp_avg, exp_avg_sq) = (first.clone(), zeros.clone());
-        let state = State::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq: Some(all.clone()) };
+        let max_exp_avg_sq = Some(all.clone());
+        let state = State::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq, block_wise: true };
         adam.load_state(id, state, 1).unwrap();
         adam.step(&mut [Update::new(id, &mut [0.0_f32; LEN][..], &[0.0_f32; LEN][..])]).unwrap();
         assert_eq!(maxima(&adam, id), all, "{scale:e}");

@@ -4,7 +4,8 @@
 use proptest::prelude::*;
 use qadam_core::cpu::Backend;
 use qadam_core::{
-    Adam, Buffer, Decay, GradRef, Hyper, NonFinite, ParamMut, State, StateFormat, Update, bf16, f16,
+    Adam, Buffer, Decay, GradRef, Hyper, NonFinite, ParamMut, State, StateFormat, StepOptions,
+    Update, bf16, f16,
 };
 
 /// Element types as bits, so that NaNs compare.
@@ -62,8 +63,19 @@ fn hypers() -> impl Strategy<Value = Hyper> {
         (Decay::Decoupled, 0.01),
     ]);
     let eps = prop::sample::select(vec![0.0, 1e-8, 1e-3]);
-    (nonfinite, beta.clone(), beta, decay, eps, any::<bool>()).prop_map(
-        |(nonfinite, beta1, beta2, (decay, weight_decay), eps, maximize)| Hyper {
+    let betas = (beta.clone(), beta);
+    let max_unorm = prop::sample::select(vec![0.0, 0.0, 1e-3, 1.0]);
+    let skip_zeros = any::<bool>();
+    (nonfinite, betas, decay, eps, any::<bool>(), max_unorm, skip_zeros).prop_map(
+        |(
+            nonfinite,
+            (beta1, beta2),
+            (decay, weight_decay),
+            eps,
+            maximize,
+            max_unorm,
+            skip_zeros,
+        )| Hyper {
             lr: 1e-2,
             beta1,
             beta2,
@@ -72,6 +84,8 @@ fn hypers() -> impl Strategy<Value = Hyper> {
             decay,
             nonfinite,
             maximize,
+            skip_zeros,
+            max_unorm,
         },
     )
 }
@@ -90,12 +104,24 @@ fn state_bits(state: &State) -> Vec<u32> {
     state.buffers().into_iter().flat_map(bits).collect()
 }
 
-const FORMATS: [StateFormat; 4] = [
+const ONE_SCALE: StateFormat = StateFormat::DYNAMIC8.with_block_wise(false);
+const FORMATS: [StateFormat; 6] = [
     StateFormat::F32,
     StateFormat::DYNAMIC8,
     StateFormat::F32.with_amsgrad(true),
     StateFormat::DYNAMIC8.with_amsgrad(true),
+    ONE_SCALE,
+    ONE_SCALE.with_amsgrad(true),
 ];
+
+/// How gradients are cut: by the percentile of their history, and all together.
+type Cut = (usize, Option<f64>);
+
+fn cuts() -> impl Strategy<Value = Cut> {
+    let percentile = prop::sample::select(vec![100, 100, 1, 50]);
+    let max_norm = prop::sample::select(vec![None, None, Some(0.0), Some(1.0), Some(1e30)]);
+    (percentile, max_norm)
+}
 
 /// What a run is to do: hyperparameters, the format of the state, the scale of the loss.
 #[derive(Debug, Clone, Copy)]
@@ -103,6 +129,7 @@ struct Rule {
     hyper: Hyper,
     format: StateFormat,
     grad_scale: f32,
+    cut: Cut,
     /// Whether the state comes from elsewhere, and is any that could be loaded.
     foreign: bool,
 }
@@ -118,7 +145,7 @@ fn foreign(format: StateFormat, len: usize) -> State {
                 moment.iter_mut().enumerate().for_each(|(i, x)| *x = value(3 * i + k));
             }
         }
-        State::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq } => {
+        State::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq, .. } => {
             for (k, moment) in [exp_avg, exp_avg_sq].into_iter().chain(max_exp_avg_sq).enumerate() {
                 let codes = moment.code.iter_mut().enumerate();
                 codes.for_each(|(i, code)| *code = (hash(3 * i + k) % 200) as u8);
@@ -129,12 +156,13 @@ fn foreign(format: StateFormat, len: usize) -> State {
     state
 }
 
-/// Everything a run leaves behind: parameter bits, state bits, non-finite counts.
-type Outcome = (Vec<u32>, Vec<u32>, Vec<usize>);
+/// Everything a run leaves behind: parameter bits, state bits, the history of norms, and for each
+/// step how many gradients were not finite and the bits of their norm.
+type Outcome = (Vec<u32>, Vec<u32>, Vec<u32>, Vec<(usize, Option<u64>)>);
 
 fn train<P: Bits, G: Bits>(
     (backend, threads): (Backend, usize),
-    Rule { hyper, format, grad_scale, foreign: is_foreign }: Rule,
+    Rule { hyper, format, grad_scale, cut: (percentile, max_grad_norm), foreign: is_foreign }: Rule,
     params: &[f32],
     grads: &[Vec<f32>],
 ) -> Outcome
@@ -143,6 +171,7 @@ where
     for<'a> &'a [G]: Into<GradRef<'a>>,
 {
     let adam = Adam::new(hyper, format).unwrap().with_threads(threads);
+    let adam = adam.with_percentile_clipping(percentile).unwrap();
     let mut adam = adam.with_backend(backend).unwrap();
     let id = adam.add(params.len());
     if is_foreign {
@@ -153,10 +182,14 @@ where
     for grad in grads {
         let g: Vec<G> = grad.iter().map(|&x| G::from_f32(x)).collect();
         let update = Update::new(id, &mut p[..], &g[..]);
-        let report = adam.step_scaled(&mut [update], grad_scale).unwrap();
-        counts.push(report.nonfinite);
+        let options = StepOptions { grad_scale, max_grad_norm };
+        let report = adam.step_with(&mut [update], &options).unwrap();
+        // a NaN's bits are the processor's
+        let norm = report.grad_norm.map(|norm| if norm.is_nan() { 0 } else { norm.to_bits() });
+        counts.push((report.nonfinite, norm));
     }
-    (p.into_iter().map(P::bits).collect(), state_bits(adam.state(id).unwrap().0), counts)
+    let norms = adam.norms(id).unwrap().iter().map(|norm| norm.to_bits()).collect();
+    (p.into_iter().map(P::bits).collect(), state_bits(adam.state(id).unwrap().0), norms, counts)
 }
 
 /// One function a pairing of element types.
@@ -194,10 +227,11 @@ proptest! {
         hyper in hypers(),
         format in prop::sample::select(FORMATS.to_vec()),
         grad_scale in scales(),
+        cut in cuts(),
         foreign in any::<bool>(),
         pairing in prop::sample::select(PAIRINGS.to_vec()),
     ) {
-        let rule = Rule { hyper, format, grad_scale, foreign };
+        let rule = Rule { hyper, format, grad_scale, cut, foreign };
         let want = pairing((Backend::Scalar, 1), rule, &params, &grads);
         for backend in Backend::available() {
             let got = pairing((backend, 1), rule, &params, &grads);
@@ -211,12 +245,13 @@ proptest! {
         (params, grads) in tensors(),
         hyper in hypers(),
         format in prop::sample::select(FORMATS.to_vec()),
+        cut in cuts(),
         backend in prop::sample::select(Backend::available().collect::<Vec<_>>()),
         pairing in prop::sample::select(PAIRINGS.to_vec()),
     ) {
         let run = |maximize, grads: &[Vec<f32>]| {
             let hyper = Hyper { maximize, ..hyper };
-            let rule = Rule { hyper, format, grad_scale: 1.0, foreign: false };
+            let rule = Rule { hyper, format, grad_scale: 1.0, cut, foreign: false };
             pairing((backend, 1), rule, &params, grads)
         };
         let negated: Vec<Vec<f32>> =
@@ -233,9 +268,12 @@ proptest! {
         exponent in -126_i32..127,
         backend in prop::sample::select(Backend::available().collect::<Vec<_>>()),
     ) {
+        // what underflows would be a zero, and what overflows no part of a norm
+        let hyper = Hyper { skip_zeros: false, ..hyper };
+        let cut = (100, None);
         let scale = 2_f32.powi(exponent);
         let run = |grad_scale, grads: &[Vec<f32>]| {
-            let rule = Rule { hyper, format, grad_scale, foreign: false };
+            let rule = Rule { hyper, format, grad_scale, cut, foreign: false };
             train::<f32, f32>((backend, 1), rule, &params, grads)
         };
         let divided: Vec<Vec<f32>> =
@@ -250,14 +288,20 @@ fn thread_counts_agree() {
     let len = 5 * 128 * 256 + 77;
     let number = |i: usize, salt: usize| {
         let x = ((i * 2_654_435_761 + salt * 40_503) % 1_000_003) as f32 / 1_000_003.0 - 0.5;
-        if i % 10_007 == salt { f32::NAN } else { x * (-((i % 19) as f32)).exp() }
+        match i % 10_007 {
+            rest if rest == salt => f32::NAN,
+            rest if rest < 100 => 0.0,
+            _ => x * (-((i % 19) as f32)).exp(),
+        }
     };
     let params: Vec<f32> = (0..len).map(|i| number(i, 1)).map(|x| x.max(-1.0)).collect();
     let grads: Vec<Vec<f32>> =
         (2..5).map(|salt| (0..len).map(|i| number(i, salt)).collect()).collect();
     for format in FORMATS {
         for pairing in PAIRINGS {
-            let rule = Rule { hyper: Hyper::adamw(), format, grad_scale: 0.1, foreign: false };
+            let hyper = Hyper { max_unorm: 0.5, skip_zeros: true, ..Hyper::adamw() };
+            let cut = (20, Some(30.0));
+            let rule = Rule { hyper, format, grad_scale: 0.1, cut, foreign: false };
             let want = pairing((Backend::Scalar, 1), rule, &params, &grads);
             for backend in Backend::available() {
                 for threads in 1..=8 {

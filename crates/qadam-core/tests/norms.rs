@@ -3,21 +3,24 @@
 use proptest::prelude::*;
 use qadam_core::cpu::{self, Backend};
 use qadam_core::rule::Coefficients;
-use qadam_core::{DType, Hyper, Moments32, RawState, TensorStep, Walk, bf16};
+use qadam_core::{DType, Hyper, Moments32, NonFinite, RawState, TensorStep, Walk, bf16};
+
+const SKIP: NonFinite = NonFinite::Skip;
 
 /// A step whose gradient alone is read.
-fn step(grad: *const u8, dtype: DType, walk: Walk) -> TensorStep {
-    let state = RawState::F32(Moments32 { m: std::ptr::null_mut(), v: std::ptr::null_mut() });
-    let coefficients = Coefficients::new(&Hyper::adam(), 1);
+fn step(grad: *const u8, dtype: DType, walk: Walk, nonfinite: NonFinite) -> TensorStep {
+    let state =
+        RawState::F32(Moments32 { m: std::ptr::null_mut(), v: std::ptr::null_mut(), max_v: None });
+    let coefficients = Coefficients::new(&Hyper { nonfinite, ..Hyper::adam() }, 1);
     let param = (std::ptr::null_mut(), DType::F32);
     // SAFETY: only the gradient is read, which the caller keeps alive.
     unsafe { TensorStep::new(param, (grad, dtype), walk, state, coefficients) }
 }
 
-fn norms(steps: &[TensorStep], finite_only: bool) -> Vec<f64> {
+fn norms(steps: &[TensorStep]) -> Vec<f64> {
     let of = |backend, threads| {
         // SAFETY: the gradients live and the walks are within them.
-        unsafe { cpu::squared_norms(steps, finite_only, backend, threads) }.unwrap()
+        unsafe { cpu::squared_norms(steps, backend, threads) }.unwrap()
     };
     let bits = |norms: &[f64]| norms.iter().map(|norm| norm.to_bits()).collect::<Vec<_>>();
     let want = of(Backend::Scalar, 1);
@@ -47,9 +50,9 @@ proptest! {
     ) {
         let gradient = |len: usize| -> Vec<f32> { values.iter().copied().cycle().take(len).collect() };
         let gradients: Vec<Vec<f32>> = lengths.iter().map(|&len| gradient(len)).collect();
-        let flat = |g: &Vec<f32>| step(g.as_ptr().cast(), DType::F32, Walk::flat(g.len()));
+        let flat = |g: &Vec<f32>| step(g.as_ptr().cast(), DType::F32, Walk::flat(g.len()), SKIP);
         let steps: Vec<_> = gradients.iter().map(flat).collect();
-        for (norm, gradient) in norms(&steps, false).iter().zip(&gradients) {
+        for (norm, gradient) in norms(&steps).iter().zip(&gradients) {
             let exact: f64 = gradient.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
             prop_assert!((norm - exact).abs() <= 1e-13 * exact, "{norm} {exact}");
         }
@@ -59,11 +62,12 @@ proptest! {
 #[test]
 fn elements_that_are_not_finite_count_or_do_not() {
     let gradient = [3.0, f32::NAN, 4.0, f32::INFINITY];
-    let steps = [step(gradient.as_ptr().cast(), DType::F32, Walk::flat(4))];
-    assert_eq!(norms(&steps, true), [25.0]);
+    let steps = [step(gradient.as_ptr().cast(), DType::F32, Walk::flat(4), SKIP)];
+    assert_eq!(norms(&steps), [25.0]);
     let passed = [3.0, f32::INFINITY];
-    let steps = [step(passed.as_ptr().cast(), DType::F32, Walk::flat(2))];
-    assert_eq!(norms(&steps, false), [f64::INFINITY]);
+    let propagate = NonFinite::Propagate;
+    let steps = [step(passed.as_ptr().cast(), DType::F32, Walk::flat(2), propagate)];
+    assert_eq!(norms(&steps), [f64::INFINITY]);
 }
 
 #[test]
@@ -74,10 +78,10 @@ fn strides_and_types_do_not_matter() {
     let half: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
     let walk = Walk::new(&[70, 100], &[100, 1], &[1, 70]).unwrap();
     let steps = [
-        step(values.as_ptr().cast(), DType::F32, Walk::flat(len)),
-        step(transposed.as_ptr().cast(), DType::F32, walk),
-        step(half.as_ptr().cast(), DType::BF16, Walk::flat(len)),
+        step(values.as_ptr().cast(), DType::F32, Walk::flat(len), SKIP),
+        step(transposed.as_ptr().cast(), DType::F32, walk, SKIP),
+        step(half.as_ptr().cast(), DType::BF16, Walk::flat(len), SKIP),
     ];
-    let norms = norms(&steps, false);
+    let norms = norms(&steps);
     assert!(norms[0] > 0.0 && norms[0] == norms[1] && norms[0] == norms[2], "{norms:?}");
 }

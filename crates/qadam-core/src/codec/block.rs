@@ -50,6 +50,16 @@ pub fn decode(code: u8, scale: f32, sign: Sign) -> f32 {
     dynamic::decode(code, sign) * scale
 }
 
+/// The value itself, or 0 if it is not finite, so that it does not spoil its block.
+const fn finite(x: f32) -> f32 {
+    if x.is_finite() { x } else { 0.0 }
+}
+
+/// The largest magnitude among `values` that is finite, or `least` where that is larger.
+pub(crate) fn largest(values: &[f32], least: f32) -> f32 {
+    values.iter().fold(least.max(0.0), |max, &x| max.max(finite(x).abs()))
+}
+
 /// Encodes one block of at most [`BLOCK`] values and returns its scale: the largest magnitude, or
 /// `least` where that is larger.
 ///
@@ -60,9 +70,14 @@ pub fn decode(code: u8, scale: f32, sign: Sign) -> f32 {
 /// # Panics
 /// If the slices differ in length.
 pub fn encode_block(values: &[f32], sign: Sign, least: f32, codes: &mut [u8]) -> f32 {
+    let scale = largest(values, least);
+    encode_scaled(values, sign, scale, codes);
+    scale
+}
+
+/// [`encode_block`] for values of no larger magnitude than `scale`.
+pub(crate) fn encode_scaled(values: &[f32], sign: Sign, scale: f32, codes: &mut [u8]) {
     assert_eq!(values.len(), codes.len(), "a code for each value");
-    let finite = |x: f32| if x.is_finite() { x } else { 0.0 };
-    let scale = values.iter().fold(least.max(0.0), |max, &x| max.max(finite(x).abs()));
     let normalizer = Normalizer::new(scale);
     for (code, &value) in codes.iter_mut().zip(values) {
         let value = finite(value);
@@ -73,7 +88,6 @@ pub fn encode_block(values: &[f32], sign: Sign, least: f32, codes: &mut [u8]) ->
             dynamic::encode(x, sign)
         };
     }
-    scale
 }
 
 /// Encodes `values` block by block.

@@ -4,6 +4,8 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
+use super::kernels::Coded8;
+use super::measure::Gauge;
 use super::simd::{self, Lanes, VectorFloat, lanes};
 use crate::rule::Coefficients;
 use crate::tensor::{Moments8, Moments32};
@@ -180,10 +182,40 @@ pub(super) unsafe fn step32<P: VectorFloat, G: VectorFloat>(
 pub(super) unsafe fn step8<P: VectorFloat, G: VectorFloat>(
     param: *mut u8,
     grad: *const u8,
-    moments: Moments8,
+    moments: Coded8,
     len: usize,
     c: &Coefficients,
 ) -> usize {
     // SAFETY: this function's contract; the instruction set is enabled.
     unsafe { simd::step8::<Avx512, P, G>(param, grad, moments, len, c) }
+}
+
+/// # Safety
+/// As [`simd::gauge32`], on a processor with AVX-512 F, BW, DQ and VL.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) unsafe fn gauge32<P: VectorFloat, G: VectorFloat>(
+    param: *const u8,
+    grad: *const u8,
+    moments: Moments32,
+    len: usize,
+    c: &Coefficients,
+    gauge: &mut Gauge,
+) {
+    // SAFETY: this function's contract; the instruction set is enabled.
+    unsafe { simd::gauge32::<Avx512, P, G>(param, grad, moments, len, c, gauge) }
+}
+
+/// # Safety
+/// As [`simd::gauge8`], on a processor with AVX-512 F, BW, DQ and VL.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub(super) unsafe fn gauge8<P: VectorFloat, G: VectorFloat>(
+    param: *const u8,
+    grad: *const u8,
+    moments: Moments8,
+    len: usize,
+    c: &Coefficients,
+    gauge: &mut Gauge,
+) {
+    // SAFETY: this function's contract; the instruction set is enabled.
+    unsafe { simd::gauge8::<Avx512, P, G>(param, grad, moments, len, c, gauge) }
 }

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use super::measure::Gauge;
 use super::{Backend, scalar};
 use crate::dtype::DType;
 use crate::rule::Coefficients;
@@ -15,11 +16,28 @@ use crate::tensor::{Moments8, Moments32};
 /// moments begin at a block.
 type Kernel<S> = unsafe fn(*mut u8, *const u8, S, usize, &Coefficients) -> usize;
 
+/// Gauges what a step of `len` consecutive elements would do; writes nothing.
+///
+/// # Safety (of each function of this type)
+/// As [`Kernel`], but everything may be read by others. 8-bit moments begin at a block.
+type GaugeKernel<S> = unsafe fn(*const u8, *const u8, S, usize, &Coefficients, &mut Gauge);
+
+/// 8-bit moments, and what becomes of their scales.
+#[derive(Clone, Copy)]
+pub(super) struct Coded8 {
+    pub moments: Moments8,
+    /// Where the tensor has one scale a moment: what the moments are to be encoded for. The caller
+    /// writes them, as other threads still read the old ones.
+    pub new_scales: Option<[f32; 3]>,
+}
+
 /// The functions for one pair of element types.
 #[derive(Clone, Copy)]
 pub(super) struct Kernels {
     pub step32: Kernel<Moments32>,
-    pub step8: Kernel<Moments8>,
+    pub step8: Kernel<Coded8>,
+    pub gauge32: GaugeKernel<Moments32>,
+    pub gauge8: GaugeKernel<Moments8>,
     /// Counts non-finite effective gradients; writes nothing.
     pub count: unsafe fn(*const u8, *const u8, usize, &Coefficients) -> usize,
 }
@@ -42,16 +60,26 @@ impl Kernels {
     }
 
     fn with_types<P: VectorFloat, G: VectorFloat>(backend: Backend) -> Self {
-        let (step32, step8): (Kernel<Moments32>, Kernel<Moments8>) = match backend {
-            Backend::Scalar => (scalar::step32::<P, G>, scalar::step8::<P, G>),
+        macro_rules! of {
+            ($($path:ident)::+) => {
+                Self {
+                    step32: $($path)::+::step32::<P, G>,
+                    step8: $($path)::+::step8::<P, G>,
+                    gauge32: $($path)::+::gauge32::<P, G>,
+                    gauge8: $($path)::+::gauge8::<P, G>,
+                    count: scalar::count_nonfinite::<P, G>,
+                }
+            };
+        }
+        match backend {
+            Backend::Scalar => of!(scalar),
             #[cfg(target_arch = "x86_64")]
-            Backend::Avx2 => (super::avx2::step32::<P, G>, super::avx2::step8::<P, G>),
+            Backend::Avx2 => of!(super::avx2),
             #[cfg(target_arch = "x86_64")]
-            Backend::Avx512 => (super::avx512::step32::<P, G>, super::avx512::step8::<P, G>),
+            Backend::Avx512 => of!(super::avx512),
             #[cfg(not(target_arch = "x86_64"))]
             Backend::Avx2 | Backend::Avx512 => unreachable!("not available on this processor"),
-        };
-        Self { step32, step8, count: scalar::count_nonfinite::<P, G> }
+        }
     }
 }
 

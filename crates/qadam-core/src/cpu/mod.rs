@@ -3,13 +3,16 @@
 //! * `scalar` is the definition, written with [`rule`](crate::rule) and
 //!   [`codec`](crate::codec) alone;
 //! * `simd` is the one vector kernel, over the operations that `avx2` and `avx512` supply;
+//! * `measure` finds what must be known of a whole tensor before any of it is written;
 //! * [`run`] cuts tensors into chunks of whole blocks and hands them to the threads of [`pool`].
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod folds;
 mod kernels;
+mod measure;
 mod norm;
 pub mod pool;
 mod run;

@@ -1,27 +1,16 @@
 //! Sums of squares of gradients, over threads: [`norm`](crate::norm) says in which order.
 
-use rayon::prelude::*;
-
-use super::{Backend, pool};
-use crate::dtype::{DType, Float};
-use crate::error::Result;
-use crate::ieee::Ieee;
-use crate::norm::{self, CHUNK, LANES, Lanes};
-use crate::tensor::TensorStep;
 use half::{bf16, f16};
 
-/// Chunks that a thread takes at a time.
-const GRAIN: usize = 8;
-
-/// Part of a gradient.
-struct Chunk {
-    tensor: usize,
-    start: usize,
-    len: usize,
-}
+use super::Backend;
+use super::folds::{self, Chunk};
+use crate::dtype::{DType, Float};
+use crate::error::Result;
+use crate::norm::{self, CHUNK, LANES, Lanes};
+use crate::tensor::TensorStep;
 
 /// The sum of the squares of each gradient's elements, as f64; its bits do not depend on `backend`
-/// or `threads`. With `finite_only`, NaN and infinite elements count as 0.
+/// or `threads`. NaN and infinite elements count as 0, unless the step lets them through.
 ///
 /// # Errors
 /// [`Error::ThreadPool`](crate::Error::ThreadPool).
@@ -33,39 +22,19 @@ struct Chunk {
 /// If `backend` is not [available](Backend::is_available).
 pub unsafe fn squared_norms(
     steps: &[TensorStep],
-    finite_only: bool,
     backend: Backend,
     threads: usize,
 ) -> Result<Vec<f64>> {
     assert!(backend.is_available(), "{backend:?} on a processor without it");
-    let of_tensor = |(tensor, step): (usize, &TensorStep)| {
-        let total = step.len();
-        let chunk = move |start| Chunk { tensor, start, len: CHUNK.min(total - start) };
-        (0..total).step_by(CHUNK).map(chunk)
-    };
-    let chunks: Vec<Chunk> = steps.iter().enumerate().flat_map(of_tensor).collect();
-    let mut sums = vec![0.0; chunks.len()];
-    let work = |(sums, chunks): (&mut [f64], &[Chunk])| {
-        let _ieee = Ieee::enter();
-        for (sum, chunk) in sums.iter_mut().zip(chunks) {
-            // SAFETY: the chunk lies within its tensor, whose gradient is valid by contract; the
-            // instruction set is there.
-            *sum = unsafe { of_chunk(&steps[chunk.tensor], chunk, finite_only, backend) };
-        }
-    };
-    if threads == 1 || chunks.len() <= GRAIN {
-        work((&mut sums, &chunks));
-    } else {
-        let pool = pool::pool(threads)?;
-        pool.install(|| sums.par_chunks_mut(GRAIN).zip(chunks.par_chunks(GRAIN)).for_each(work));
-    }
-    let mut rest = &sums[..];
-    let totals = steps.iter().map(|step| {
-        let (own, others) = rest.split_at(step.len().div_ceil(CHUNK));
-        rest = others;
-        norm::total(own)
-    });
-    Ok(totals.collect())
+    let chunks = folds::chunks(steps.iter().enumerate());
+    let sums = folds::each(&chunks, threads, |chunk| {
+        let step = &steps[chunk.tensor];
+        // SAFETY: the chunk lies within its tensor, whose gradient is valid by contract; the
+        // instruction set is there.
+        unsafe { of_chunk(step, chunk, !step.coefficients.propagate, backend) }
+    })?;
+    let of_tensors = folds::of_tensors(steps.iter().map(TensorStep::len));
+    Ok(of_tensors.map(|own| norm::total(&sums[own])).collect())
 }
 
 /// The sum of a chunk.

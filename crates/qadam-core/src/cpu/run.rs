@@ -4,12 +4,14 @@
 //! changes a bit.
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::process;
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::kernels::Kernels;
+use super::kernels::{Coded8, Kernels};
+use super::measure::{Measured, measure};
 use super::{Backend, pool};
 use crate::codec::BLOCK;
 use crate::dtype::DType;
@@ -17,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::ieee::Ieee;
 use crate::paging::mapped::{self, Arena};
 use crate::paging::stream::Windows;
+use crate::rule::Coefficients;
 use crate::tensor::{RawState, TensorStep};
 
 /// Elements a chunk: 128 blocks, small enough to balance threads, large enough to hide the
@@ -115,36 +118,60 @@ fn arenas(steps: &[TensorStep]) -> Vec<Option<Arc<Arena>>> {
 /// If `backend` is not [available](Backend::is_available).
 pub unsafe fn run(steps: &[TensorStep], backend: Backend, threads: usize) -> Result<usize> {
     assert!(backend.is_available(), "{backend:?} on a processor without it");
-    let update = |step: &TensorStep, chunk| {
+    if !mapped::is_unused() {
+        check_owner(steps)?;
+    }
+    // SAFETY: by contract.
+    let measured = unsafe { measure(steps, backend, threads)? };
+    let of = |tensor: usize| measured.get(tensor).copied().flatten();
+    let update = |step: &TensorStep, chunk: Chunk| {
         let kernels = Kernels::select(backend, step.param_dtype, step.grad_dtype);
         // SAFETY: the chunk lies within the tensor, whose pointers are valid and exclusive by
         // `TensorStep::new`; chunks are disjoint and begin at blocks; the types select the kernels.
-        unsafe {
-            if step.walk.is_flat() {
-                flat(step, chunk, kernels)
-            } else {
-                strided(step, chunk, kernels)
-            }
-        }
+        unsafe { apply_to_chunk(step, chunk, &Told::new(step, of(chunk.tensor)), kernels) }
     };
     let chunks = chunks(steps);
-    if mapped::is_unused() {
-        return over_chunks(steps, &chunks, threads, update);
+    let of_chunk = |chunk: usize| (chunks[chunk].tensor, chunks[chunk].start, chunks[chunk].len);
+    let nonfinite = through_pages(steps, chunks.len(), of_chunk, threads, |part| {
+        over_chunks(steps, &chunks[part], threads, update)
+    })?;
+    for (tensor, step) in steps.iter().enumerate() {
+        if let (RawState::Dynamic8(moments), Some(Measured { new_scales: Some(scales), .. })) =
+            (step.state, of(tensor))
+        {
+            for (moment, scale) in moments.each().zip(scales) {
+                // SAFETY: the moment's only scale, valid and exclusive by `TensorStep::new`.
+                unsafe { *moment.scale = scale };
+            }
+        }
     }
-    check_owner(steps)?;
+    Ok(nonfinite)
+}
+
+/// Does `work` for ranges of `count` chunks that together are all of them, in order, while the pages
+/// of their state are moved where it has pages; adds up what it returns. `chunk` says which tensor a
+/// chunk belongs to, where it starts and how long it is.
+pub(super) fn through_pages(
+    steps: &[TensorStep],
+    count: usize,
+    chunk: impl Fn(usize) -> (usize, usize, usize),
+    threads: usize,
+    work: impl Fn(Range<usize>) -> Result<usize>,
+) -> Result<usize> {
+    if mapped::is_unused() {
+        return work(0..count);
+    }
     let arenas = arenas(steps);
     let paged: Vec<&Arena> = arenas.iter().flatten().map(AsRef::as_ref).collect();
     if paged.is_empty() {
-        return over_chunks(steps, &chunks, threads, update);
+        return work(0..count);
     }
     pool::start(threads)?;
-    let arena = |chunk: usize| arenas[chunks[chunk].tensor].clone();
-    let ranges = |chunk: usize| {
-        let Chunk { tensor, start, len } = chunks[chunk];
+    let ranges = |index: usize| {
+        let (tensor, start, len) = chunk(index);
         steps[tensor].state.addresses(start, len)
     };
-    Windows::new(chunks.len(), &paged, arena, ranges)
-        .run(|part| over_chunks(steps, &chunks[part], threads, update))
+    Windows::new(count, &paged, |index| arenas[chunk(index).0].clone(), ranges).run(work)
 }
 
 /// How many effective gradients of each tensor are not finite, before anything is written: the
@@ -194,42 +221,83 @@ pub unsafe fn count_nonfinite(steps: &[TensorStep], threads: usize) -> Result<()
     Ok(())
 }
 
-/// A chunk whose elements lie one after the other in all buffers.
-///
-/// # Safety
-/// The chunk lies within `step`, begins at a block, and no other thread has it.
-unsafe fn flat(step: &TensorStep, chunk: Chunk, kernels: Kernels) -> usize {
-    let Chunk { start, len, .. } = chunk;
-    // SAFETY: offsets up to `start + len` are valid for both tensors and the state, by contract.
-    unsafe {
-        let param = step.param.add(start * step.param_dtype.size());
-        let grad = step.grad.add(start * step.grad_dtype.size());
-        apply(step, start, len, param, grad, kernels)
+/// What a tensor's kernels are told.
+struct Told {
+    coefficients: Coefficients,
+    new_scales: Option<[f32; 3]>,
+}
+
+impl Told {
+    fn new(step: &TensorStep, measured: Option<Measured>) -> Self {
+        let coefficients = step.coefficients;
+        match measured {
+            None => Self { coefficients, new_scales: None },
+            Some(Measured { update_scale, new_scales }) => {
+                Self { coefficients: coefficients.with_update_scale(update_scale), new_scales }
+            }
+        }
+    }
+
+    /// Updates `len` contiguous elements from `start` on.
+    ///
+    /// # Safety
+    /// `param` and `grad` hold `len` contiguous elements of the step's types; `start` begins a block
+    /// and `start + len` is within the state, which no other thread has.
+    unsafe fn apply(
+        &self,
+        step: &TensorStep,
+        (start, len): (usize, usize),
+        param: *mut u8,
+        grad: *const u8,
+        kernels: Kernels,
+    ) -> usize {
+        let c = &self.coefficients;
+        // SAFETY: this function's contract is the kernels'.
+        unsafe {
+            match step.state {
+                RawState::F32(moments) => {
+                    (kernels.step32)(param, grad, moments.skip(start), len, c)
+                }
+                RawState::Dynamic8(moments) => {
+                    let moments = moments.skip(start);
+                    let coded = Coded8 { moments, new_scales: self.new_scales };
+                    (kernels.step8)(param, grad, coded, len, c)
+                }
+            }
+        }
     }
 }
 
-/// Runs the kernel for the state of elements `start..start + len` on contiguous elements.
+/// Updates a chunk.
 ///
 /// # Safety
-/// `param` and `grad` hold `len` contiguous elements of the step's types; `start` begins a block
-/// and `start + len` is within the state.
-unsafe fn apply(
+/// It lies within `step`, begins at a block, and no other thread has it.
+unsafe fn apply_to_chunk(step: &TensorStep, chunk: Chunk, told: &Told, kernels: Kernels) -> usize {
+    let Chunk { start, len, .. } = chunk;
+    let mut nonfinite = 0;
+    // SAFETY: by contract.
+    unsafe {
+        gather(step, start, len, true, |param, grad, start, len| {
+            nonfinite += told.apply(step, (start, len), param, grad, kernels);
+        });
+    }
+    nonfinite
+}
+
+/// Calls `visit` with contiguous elements of the parameter and the gradient that together are
+/// elements `start..start + len`; with where they start and how many they are.
+///
+/// # Safety
+/// As [`gather`].
+pub(super) unsafe fn visit(
     step: &TensorStep,
     start: usize,
     len: usize,
-    param: *mut u8,
-    grad: *const u8,
-    kernels: Kernels,
-) -> usize {
-    let c = &step.coefficients;
-    // SAFETY: this function's contract is the kernels'.
+    mut visit: impl FnMut(*const u8, *const u8, usize, usize),
+) {
+    // SAFETY: by contract.
     unsafe {
-        match step.state {
-            RawState::F32(moments) => (kernels.step32)(param, grad, moments.skip(start), len, c),
-            RawState::Dynamic8(moments) => {
-                (kernels.step8)(param, grad, moments.skip(start), len, c)
-            }
-        }
+        gather(step, start, len, false, |param, grad, start, len| visit(param, grad, start, len));
     }
 }
 
@@ -247,54 +315,53 @@ impl Scratch {
     }
 }
 
-/// A chunk whose elements are gathered block by block, updated, and scattered back.
+/// [`visit`], for what changes the parameter's elements if `scatter` is set. Where elements do not
+/// follow each other, they are gathered block by block, and the parameter's scattered back.
 ///
 /// # Safety
-/// As [`flat`].
-unsafe fn strided(step: &TensorStep, chunk: Chunk, kernels: Kernels) -> usize {
+/// The elements lie within `step`, begin at a block, and no other thread writes them, or reads them
+/// where they are changed.
+unsafe fn gather(
+    step: &TensorStep,
+    start: usize,
+    len: usize,
+    scatter: bool,
+    mut visit: impl FnMut(*mut u8, *const u8, usize, usize),
+) {
+    if step.walk.is_flat() {
+        // SAFETY: offsets up to `start + len` are valid for both tensors, by contract.
+        let (param, grad) = unsafe {
+            let param = step.param.add(start * step.param_dtype.size());
+            (param, step.grad.add(start * step.grad_dtype.size()))
+        };
+        return visit(param, grad, start, len);
+    }
     let (mut param, mut grad) = (Scratch::new(), Scratch::new());
     let (param, grad) = (param.pointer(), grad.pointer());
-    let end = chunk.start + chunk.len;
-    let mut nonfinite = 0;
-    for start in (chunk.start..end).step_by(BLOCK) {
+    let end = start + len;
+    for start in (start..end).step_by(BLOCK) {
         let len = BLOCK.min(end - start);
         let mut at = 0;
         step.walk.runs(start, len, |run| {
+            let source = (step.param.cast_const(), run.param, run.param_stride);
+            let grads = (step.grad, run.grad, run.grad_stride);
             // SAFETY: the walk's offsets are within both tensors by `TensorStep::new`; the scratch
             // holds `BLOCK` elements of at most 4 bytes, and `at + run.len <= len`.
             unsafe {
-                copy(
-                    step.param_dtype,
-                    (step.param, run.param, run.param_stride),
-                    (param, at, 1),
-                    run.len,
-                );
-                copy(
-                    step.grad_dtype,
-                    (step.grad, run.grad, run.grad_stride),
-                    (grad, at, 1),
-                    run.len,
-                );
+                copy(step.param_dtype, source, (param, at, 1), run.len);
+                copy(step.grad_dtype, grads, (grad, at, 1), run.len);
             }
             at += run.len as isize;
         });
-        // SAFETY: `len` elements of both were just gathered; `start` begins a block of this chunk.
-        nonfinite += unsafe { apply(step, start, len, param, grad, kernels) };
+        visit(param, grad, start, len);
         let mut at = 0;
-        step.walk.runs(start, len, |run| {
+        step.walk.runs(start, if scatter { len } else { 0 }, |run| {
+            let target = (step.param, run.param, run.param_stride);
             // SAFETY: as above, the other way round; parameter elements are distinct.
-            unsafe {
-                copy(
-                    step.param_dtype,
-                    (param, at, 1),
-                    (step.param, run.param, run.param_stride),
-                    run.len,
-                );
-            }
+            unsafe { copy(step.param_dtype, (param, at, 1), target, run.len) };
             at += run.len as isize;
         });
     }
-    nonfinite
 }
 
 /// Copies `len` elements of `dtype`; each end is a base pointer, an offset and a stride, in
@@ -343,7 +410,7 @@ unsafe fn copy(
 ///
 /// Returns the wave of each range. `ranges` are half-open, in bytes; empty ones overlap nothing.
 #[must_use]
-pub fn disjoint_waves(ranges: &[std::ops::Range<usize>]) -> Vec<usize> {
+pub fn disjoint_waves(ranges: &[Range<usize>]) -> Vec<usize> {
     let mut waves = vec![0; ranges.len()];
     let mut order: Vec<usize> = (0..ranges.len()).filter(|&i| !ranges[i].is_empty()).collect();
     order.sort_unstable_by_key(|&i| ranges[i].start);

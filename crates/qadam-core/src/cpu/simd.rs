@@ -9,10 +9,13 @@ use std::mem::MaybeUninit;
 
 use half::{bf16, f16};
 
+use super::kernels::Coded8;
+use super::measure::Gauge;
 use crate::codec::BLOCK;
 use crate::codec::block::{self, Normalizer};
 use crate::codec::dynamic::{self, Map, SIGNED, Sign, UNSIGNED};
 use crate::dtype::Float;
+use crate::norm::LANES;
 use crate::rule::{Coefficients, GRADIENT_LIMIT};
 use crate::tensor::{Moments8, Moments32, RawCoded};
 
@@ -161,9 +164,12 @@ struct Splat<L: Lanes> {
     l2: L::F,
     shrink: L::F,
     factor: L::F,
+    /// Gradients of at most this magnitude need no second look.
+    usual: L::F,
     gradient: Gradient,
     has_shrink: bool,
     propagate: bool,
+    skip_zeros: bool,
 }
 
 impl<L: Lanes> Splat<L> {
@@ -179,9 +185,11 @@ impl<L: Lanes> Splat<L> {
                 l2: L::splat(c.l2),
                 shrink: L::splat(c.shrink),
                 factor: L::splat(c.factor),
+                usual: L::splat(if c.skip_zeros { -1.0 } else { GRADIENT_LIMIT }),
                 gradient: Gradient::of(c),
                 has_shrink: c.shrink != 0.0,
                 propagate: c.propagate,
+                skip_zeros: c.skip_zeros,
             }
         }
     }
@@ -197,39 +205,58 @@ struct Elements<L: Lanes> {
     max_v: L::F,
 }
 
-/// [`rule::update`](crate::rule::update), but for [`canonical`] moments; also how many gradients were
-/// finite. `AMSGRAD` says whether there is a third moment.
+/// What became of `N` elements.
+#[derive(Clone, Copy)]
+struct Fate<L: Lanes> {
+    /// How many gradients were finite.
+    finite: usize,
+    /// How many elements came back as they were.
+    kept: usize,
+    /// Which did not.
+    moved: L::M,
+}
+
+/// [`rule::update`](crate::rule::update), but for [`canonical`] moments. `AMSGRAD` says whether there
+/// is a third moment.
 #[inline(always)]
 unsafe fn update<L: Lanes, const AMSGRAD: bool>(
     e: Elements<L>,
-    g: L::F,
+    given: L::F,
     c: &Splat<L>,
-) -> (Elements<L>, usize) {
+) -> (Elements<L>, Fate<L>) {
     // SAFETY: the caller enables the instruction set.
     unsafe {
         let g = match c.gradient {
-            Gradient::AsItIs => g,
-            Gradient::Multiplied => L::mul(g, c.factor),
-            Gradient::MultipliedAndDecayed => L::fma(c.l2, e.p, L::mul(g, c.factor)),
+            Gradient::AsItIs => given,
+            Gradient::Multiplied => L::mul(given, c.factor),
+            Gradient::MultipliedAndDecayed => L::fma(c.l2, e.p, L::mul(given, c.factor)),
         };
-        let limit = L::splat(GRADIENT_LIMIT);
-        if L::all(L::at_most(L::abs(g), limit)) {
-            return (updated::<L, AMSGRAD>(e, g, c), L::N);
+        let (zero, one) = (L::splat(0.0), L::splat(1.0));
+        if L::all(L::at_most(L::abs(g), c.usual)) {
+            let fate = Fate { finite: L::N, kept: 0, moved: L::at_most(zero, zero) };
+            return (updated::<L, AMSGRAD>(e, g, c), fate);
         }
         let finite = L::is_finite(g);
+        let limit = L::splat(GRADIENT_LIMIT);
         let clamped = L::max(L::min(g, limit), L::splat(-GRADIENT_LIMIT));
         let new = updated::<L, AMSGRAD>(e, L::select(finite, clamped, g), c);
-        let count = L::count(finite);
-        if c.propagate {
-            return (new, count);
+        // as numbers, 1 or 0, lane by lane
+        let mut is_finite = L::select(finite, one, zero);
+        let mut moving = if c.propagate { one } else { is_finite };
+        if c.skip_zeros {
+            let is_zero = L::at_most(L::abs(given), zero);
+            is_finite = L::select(is_zero, one, is_finite);
+            moving = L::select(is_zero, zero, moving);
         }
+        let moved = L::less(zero, moving);
         let kept = Elements {
-            p: L::select(finite, new.p, e.p),
-            m: L::select(finite, new.m, e.m),
-            v: L::select(finite, new.v, e.v),
-            max_v: L::select(finite, new.max_v, e.max_v),
+            p: L::select(moved, new.p, e.p),
+            m: L::select(moved, new.m, e.m),
+            v: L::select(moved, new.v, e.v),
+            max_v: L::select(moved, new.max_v, e.max_v),
         };
-        (kept, count)
+        let finite = L::count(L::less(zero, is_finite));
+        (kept, Fate { finite, kept: L::N - L::count(moved), moved })
     }
 }
 
@@ -246,9 +273,16 @@ unsafe fn updated<L: Lanes, const AMSGRAD: bool>(
         let v = L::fma(c.w2, L::mul(g, g), L::fnma(c.w2, e.v, e.v));
         let max_v = if AMSGRAD { maximum::<L>(e.max_v, v) } else { v };
         let p = if c.has_shrink { L::fnma(c.shrink, e.p, e.p) } else { e.p };
-        let p = L::fnma(c.step, L::div(m, L::add(L::sqrt(max_v), c.eps)), p);
+        let p = L::fnma(c.step, direction::<L>(m, max_v, c), p);
         Elements { p: canonical::<L>(p), m, v, max_v }
     }
+}
+
+/// [`rule::direction`](crate::rule::direction).
+#[inline(always)]
+unsafe fn direction<L: Lanes>(m: L::F, v: L::F, c: &Splat<L>) -> L::F {
+    // SAFETY: the caller enables the instruction set.
+    unsafe { L::div(m, L::add(L::sqrt(v), c.eps)) }
 }
 
 /// `rule::maximum`.
@@ -374,14 +408,14 @@ unsafe fn vector32<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bool
     unsafe {
         let third = if AMSGRAD { L::load(max_v) } else { L::splat(0.0) };
         let e = Elements { p: P::load::<L>(p), m: L::load(m), v: L::load(v), max_v: third };
-        let (e, finite) = update::<L, AMSGRAD>(e, G::load::<L>(g), c);
+        let (e, fate) = update::<L, AMSGRAD>(e, G::load::<L>(g), c);
         P::store::<L>(e.p, p);
         L::store(canonical::<L>(e.m), m);
         L::store(canonical::<L>(e.v), v);
         if AMSGRAD {
             L::store(canonical::<L>(e.max_v), max_v);
         }
-        finite
+        fate.finite
     }
 }
 
@@ -393,16 +427,17 @@ unsafe fn vector32<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bool
 pub(super) unsafe fn step8<L: Lanes, P: VectorFloat, G: VectorFloat>(
     param: *mut u8,
     grad: *const u8,
-    Moments8 { m, v, max_v }: Moments8,
+    coded: Coded8,
     len: usize,
     c: &Coefficients,
 ) -> usize {
     let (param, grad) = (param.cast::<P>(), grad.cast::<G>());
     // SAFETY: this function's contract.
     unsafe {
-        match max_v {
-            None => all8::<L, P, G, false>(param, grad, [m, v, v], len, c),
-            Some(max_v) => all8::<L, P, G, true>(param, grad, [m, v, max_v], len, c),
+        if coded.moments.max_v.is_none() {
+            all8::<L, P, G, false>(param, grad, coded, len, c)
+        } else {
+            all8::<L, P, G, true>(param, grad, coded, len, c)
         }
     }
 }
@@ -416,47 +451,83 @@ pub(super) unsafe fn step8<L: Lanes, P: VectorFloat, G: VectorFloat>(
 unsafe fn all8<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
     param: *mut P,
     grad: *const G,
-    [m, v, max_v]: [RawCoded; 3],
+    Coded8 { moments, new_scales }: Coded8,
     len: usize,
     c: &Coefficients,
 ) -> usize {
-    // SAFETY: whole blocks lie within `len` valid elements, a scale each; the rest of the codes and
-    // elements goes through padded copies of a whole block, its scales are the last ones.
+    // SAFETY: whole blocks lie within `len` valid elements, a scale each or one for all; the rest of
+    // the codes and elements goes through padded copies of a whole block, its scales are the last
+    // ones.
     unsafe {
         let c = Splat::<L>::new(c);
         let whole = len / BLOCK * BLOCK;
         let mut nonfinite = 0;
         for start in (0..whole).step_by(BLOCK) {
             let (p, g) = (param.add(start), grad.add(start));
-            let moments = [m.skip(start), v.skip(start), max_v.skip(start)];
-            nonfinite += block8::<L, P, G, AMSGRAD>(p, g, moments, BLOCK, &c);
+            let moments = three(moments.skip(start));
+            nonfinite += block8::<L, P, G, AMSGRAD>(p, g, moments, new_scales, BLOCK, &c);
         }
         let rest = len - whole;
         if rest > 0 {
             let param = param.add(whole);
-            let tails = [m.skip(whole), v.skip(whole), max_v.skip(whole)];
-            let (signed, unsigned) =
-                (dynamic::zero_code(Sign::Signed), dynamic::zero_code(Sign::Unsigned));
-            let mut p = Padded::<_, BLOCK>::load(param, rest, P::default());
-            let g = Padded::<_, BLOCK>::load(grad.add(whole), rest, G::default());
-            let mut m = Padded::<_, BLOCK>::load(tails[0].code, rest, signed);
-            let mut v = Padded::<_, BLOCK>::load(tails[1].code, rest, unsigned);
-            let mut max_v = Padded::<_, BLOCK>::load(tails[2].code, rest, unsigned);
-            let moments = [
-                RawCoded { code: m.0.as_mut_ptr(), ..tails[0] },
-                RawCoded { code: v.0.as_mut_ptr(), ..tails[1] },
-                RawCoded { code: max_v.0.as_mut_ptr(), ..tails[2] },
-            ];
-            let (p_at, g_at) = (p.0.as_mut_ptr(), g.0.as_ptr());
-            nonfinite += block8::<L, P, G, AMSGRAD>(p_at, g_at, moments, rest, &c);
-            p.store(param, rest);
-            m.store(tails[0].code, rest);
-            v.store(tails[1].code, rest);
-            if AMSGRAD {
-                max_v.store(tails[2].code, rest);
+            let mut tail = Tail::load(param, grad.add(whole), moments.skip(whole), rest);
+            let moments = tail.moments();
+            let (p, g) = (tail.p.0.as_mut_ptr(), tail.g.0.as_ptr());
+            nonfinite += block8::<L, P, G, AMSGRAD>(p, g, moments, new_scales, rest, &c);
+            tail.p.store(param, rest);
+            for (codes, coded) in tail.codes.iter().zip(tail.of.each()) {
+                codes.store(coded.code, rest);
             }
         }
         nonfinite
+    }
+}
+
+/// The moments of a kernel, of which the third is of no account without `AMSGRAD`.
+fn three(moments: Moments8) -> [RawCoded; 3] {
+    [moments.m, moments.v, moments.max_v.unwrap_or(moments.v)]
+}
+
+/// The last elements, padded to a whole block with zeros.
+struct Tail<P, G> {
+    p: Padded<P, BLOCK>,
+    g: Padded<G, BLOCK>,
+    codes: [Padded<u8, BLOCK>; 3],
+    /// Where the moments are.
+    of: Moments8,
+}
+
+impl<P: VectorFloat, G: VectorFloat> Tail<P, G> {
+    /// # Safety
+    /// The pointers are valid for `rest` elements, less than a block.
+    #[inline(always)]
+    unsafe fn load(param: *const P, grad: *const G, of: Moments8, rest: usize) -> Self {
+        let [m, v, max_v] = three(of);
+        let (signed, unsigned) =
+            (dynamic::zero_code(Sign::Signed), dynamic::zero_code(Sign::Unsigned));
+        // SAFETY: this function's contract.
+        unsafe {
+            Self {
+                p: Padded::load(param, rest, P::default()),
+                g: Padded::load(grad, rest, G::default()),
+                codes: [
+                    Padded::load(m.code, rest, signed),
+                    Padded::load(v.code, rest, unsigned),
+                    Padded::load(max_v.code, rest, unsigned),
+                ],
+                of,
+            }
+        }
+    }
+
+    /// The padded codes, with the scales that the moments have.
+    #[inline(always)]
+    fn moments(&mut self) -> [RawCoded; 3] {
+        let mut moments = three(self.of);
+        for (moment, codes) in moments.iter_mut().zip(&mut self.codes) {
+            moment.code = codes.0.as_mut_ptr();
+        }
+        moments
     }
 }
 
@@ -479,13 +550,14 @@ impl Values {
 /// gradients were not finite. `moments` are the first, the second and, with `AMSGRAD`, the third.
 ///
 /// # Safety
-/// The pointers are valid for `len` elements rounded up to whole vectors, and a scale each; the
-/// caller enables the instruction set.
+/// The pointers are valid for `len` elements rounded up to whole vectors, and a scale each, which is
+/// written unless there are `new_scales`; the caller enables the instruction set.
 #[inline(always)]
 unsafe fn block8<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
     p: *mut P,
     g: *const G,
     [m, v, max_v]: [RawCoded; 3],
+    new_scales: Option<[f32; 3]>,
     len: usize,
     c: &Splat<L>,
 ) -> usize {
@@ -495,34 +567,36 @@ unsafe fn block8<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
     // SAFETY: vectors start at multiples of `N` below `padded`; the new values hold a whole block,
     // of which the second pass reads what the first wrote.
     unsafe {
-        let scale = |coded: RawCoded| block::usable_scale(*coded.scale);
-        let mut pass = FirstPass::<L> {
-            m: Range::new(scale(m)),
-            v: Range::new(scale(v)),
-            max_v: Range::new(if AMSGRAD { scale(max_v) } else { 0.0 }),
-            finite: 0,
-        };
+        let mut pass = FirstPass::<L>::new::<AMSGRAD>([m, v, max_v]);
         for at in (0..padded).step_by(L::N) {
             let codes = [m.code.add(at), v.code.add(at), max_v.code.add(at)];
-            let values = [new_m.add(at), new_v.add(at), new_max.add(at)];
-            pass.vector::<P, G, AMSGRAD>(p.add(at), g.add(at), codes, values, c);
+            let vector = pass.vector::<P, G, AMSGRAD>(p.add(at), g.add(at), codes, c);
+            P::store::<L>(vector.new.p, p.add(at));
+            L::store(vector.finite[0], new_m.add(at));
+            L::store(vector.finite[1], new_v.add(at));
+            if AMSGRAD {
+                L::store(vector.finite[2], new_max.add(at));
+            }
         }
-        // The padding's zeros are finite, unless a coefficient is infinite: then nothing is.
-        let nonfinite = (padded - pass.finite).min(len);
-        if nonfinite == len && !c.propagate {
-            return nonfinite;
-        }
-        let keep = nonfinite > 0 && !c.propagate;
-        let m_encoder = pass.m.encoder(m.scale, keep);
-        let v_encoder = pass.v.encoder(v.scale, keep);
+        let (nonfinite, kept) = pass.counts(len, padded, c);
+        let (m_encoder, v_encoder, max_encoder) = match new_scales {
+            Some([m, v, max_v]) => (Encoder::new(m), Encoder::new(v), Encoder::new(max_v)),
+            None if kept == len => return nonfinite,
+            None => {
+                let keep = kept > 0;
+                let m = pass.m.encoder(m.scale, keep);
+                let v = pass.v.encoder(v.scale, keep);
+                let max_v = if AMSGRAD { pass.max_v.encoder(max_v.scale, keep) } else { v };
+                (m, v, max_v)
+            }
+        };
         for at in (0..padded).step_by(L::N) {
             L::store_codes(m_encoder.signed(L::load(new_m.add(at))), m.code.add(at));
             L::store_codes(v_encoder.unsigned(L::load(new_v.add(at))), v.code.add(at));
         }
         if AMSGRAD {
-            let encoder = pass.max_v.encoder(max_v.scale, keep);
             for at in (0..padded).step_by(L::N) {
-                L::store_codes(encoder.unsigned(L::load(new_max.add(at))), max_v.code.add(at));
+                L::store_codes(max_encoder.unsigned(L::load(new_max.add(at))), max_v.code.add(at));
             }
         }
         nonfinite
@@ -574,20 +648,47 @@ struct FirstPass<L: Lanes> {
     v: Range<L>,
     max_v: Range<L>,
     finite: usize,
+    kept: usize,
+}
+
+/// What the pass makes of `N` elements.
+struct Passed<L: Lanes> {
+    /// The parameter as it was.
+    p: L::F,
+    new: Elements<L>,
+    /// The moments as they are to be stored.
+    finite: [L::F; 3],
+    moved: L::M,
 }
 
 impl<L: Lanes> FirstPass<L> {
+    /// # Safety
+    /// Each scale is valid; the caller enables the instruction set.
+    #[inline(always)]
+    unsafe fn new<const AMSGRAD: bool>([m, v, max_v]: [RawCoded; 3]) -> Self {
+        // SAFETY: this function's contract.
+        unsafe {
+            let scale = |coded: RawCoded| block::usable_scale(*coded.scale);
+            Self {
+                m: Range::new(scale(m)),
+                v: Range::new(scale(v)),
+                max_v: Range::new(if AMSGRAD { scale(max_v) } else { 0.0 }),
+                finite: 0,
+                kept: 0,
+            }
+        }
+    }
+
     /// # Safety
     /// The pointers are valid for `N` elements; the caller enables the instruction set.
     #[inline(always)]
     unsafe fn vector<P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
         &mut self,
-        p: *mut P,
+        p: *const P,
         g: *const G,
         [m_code, v_code, max_code]: [*mut u8; 3],
-        [new_m, new_v, new_max]: [*mut f32; 3],
         c: &Splat<L>,
-    ) {
+    ) -> Passed<L> {
         // SAFETY: this function's contract.
         unsafe {
             let third = if AMSGRAD {
@@ -601,22 +702,243 @@ impl<L: Lanes> FirstPass<L> {
                 v: L::mul(decode_unsigned::<L>(L::load_codes(v_code)), self.v.scale),
                 max_v: third,
             };
-            let (e, finite) = update::<L, AMSGRAD>(e, G::load::<L>(g), c);
-            P::store::<L>(e.p, p);
-            self.finite += finite;
+            let (new, fate) = update::<L, AMSGRAD>(e, G::load::<L>(g), c);
+            self.finite += fate.finite;
+            self.kept += fate.kept;
             // usable scales and finite gradients make finite moments
-            let passed = c.propagate && finite < L::N;
-            let m = if passed { zero_unless_finite::<L>(e.m) } else { e.m };
-            let v = if passed { zero_unless_finite::<L>(e.v) } else { e.v };
+            let passed = c.propagate && fate.finite < L::N;
+            let m = if passed { zero_unless_finite::<L>(new.m) } else { new.m };
+            let v = if passed { zero_unless_finite::<L>(new.v) } else { new.v };
+            let max_v =
+                if AMSGRAD && passed { zero_unless_finite::<L>(new.max_v) } else { new.max_v };
             self.m.extend(m);
             self.v.extend(v);
-            L::store(m, new_m);
-            L::store(v, new_v);
             if AMSGRAD {
-                let max_v = if passed { zero_unless_finite::<L>(e.max_v) } else { e.max_v };
                 self.max_v.extend(max_v);
-                L::store(max_v, new_max);
             }
+            Passed { p: e.p, new, finite: [m, v, max_v], moved: fate.moved }
+        }
+    }
+
+    /// How many of the block's `len` gradients were not finite, and how many elements were kept.
+    #[inline(always)]
+    fn counts(&self, len: usize, padded: usize, c: &Splat<L>) -> (usize, usize) {
+        // The padding's zeros are finite, unless a coefficient is infinite: then nothing is. Where
+        // zeros are skipped, they are kept.
+        let nonfinite = (padded - self.finite).min(len);
+        let kept = match (c.skip_zeros, c.propagate) {
+            (true, _) => self.kept - (padded - len),
+            (false, true) => 0,
+            (false, false) => nonfinite,
+        };
+        (nonfinite, kept)
+    }
+}
+
+/// [`Gauge`]s a step with 32-bit moments.
+///
+/// # Safety
+/// As [`GaugeKernel`](super::kernels) says, and the caller enables the instruction set of `L`.
+#[inline(always)]
+pub(super) unsafe fn gauge32<L: Lanes, P: VectorFloat, G: VectorFloat>(
+    param: *const u8,
+    grad: *const u8,
+    moments: Moments32,
+    len: usize,
+    c: &Coefficients,
+    gauge: &mut Gauge,
+) {
+    let (param, grad) = (param.cast::<P>(), grad.cast::<G>());
+    // SAFETY: this function's contract; the rest goes through padded copies.
+    unsafe {
+        let c = Splat::<L>::new(c);
+        let whole = len / LANES * LANES;
+        for start in (0..whole).step_by(LANES) {
+            let (p, g) = (param.add(start), grad.add(start));
+            let Moments32 { m, v, max_v } = moments.skip(start);
+            lanes32::<L, P, G>(p, g, (m, v, max_v.map(<*mut f32>::cast_const)), LANES, &c, gauge);
+        }
+        let rest = len - whole;
+        if rest > 0 {
+            let of = moments.skip(whole);
+            let p = Padded::<P, LANES>::load(param.add(whole), rest, P::default());
+            let g = Padded::<G, LANES>::load(grad.add(whole), rest, G::default());
+            let m = Padded::<f32, LANES>::load(of.m, rest, 0.0);
+            let v = Padded::<f32, LANES>::load(of.v, rest, 0.0);
+            let max_v = of.max_v.map(|max_v| Padded::<f32, LANES>::load(max_v, rest, 0.0));
+            let moments =
+                (m.0.as_ptr(), v.0.as_ptr(), max_v.as_ref().map(|max_v| max_v.0.as_ptr()));
+            lanes32::<L, P, G>(p.0.as_ptr(), g.0.as_ptr(), moments, rest, &c, gauge);
+        }
+    }
+}
+
+/// The first, the second and, with AMSGrad, the third moment, to be read.
+type Read32 = (*const f32, *const f32, Option<*const f32>);
+
+/// [`gauge32`] of up to [`LANES`] elements, padded to so many.
+///
+/// # Safety
+/// The pointers are valid for [`LANES`] elements; the caller enables the instruction set.
+#[inline(always)]
+unsafe fn lanes32<L: Lanes, P: VectorFloat, G: VectorFloat>(
+    p: *const P,
+    g: *const G,
+    (m, v, max_v): Read32,
+    len: usize,
+    c: &Splat<L>,
+    gauge: &mut Gauge,
+) {
+    let mut group = Group::new();
+    // SAFETY: this function's contract.
+    unsafe {
+        for at in (0..LANES).step_by(L::N) {
+            let (p, g) = (P::load::<L>(p.add(at)), G::load::<L>(g.add(at)));
+            let (m, v) = (L::load(m.add(at)), L::load(v.add(at)));
+            match max_v {
+                None => {
+                    let e = Elements { p, m, v, max_v: v };
+                    let (new, fate) = update::<L, false>(e, g, c);
+                    group.set::<L, false>(at, p, new, fate.moved, c);
+                }
+                Some(max_v) => {
+                    let e = Elements { p, m, v, max_v: L::load(max_v.add(at)) };
+                    let (new, fate) = update::<L, true>(e, g, c);
+                    group.set::<L, true>(at, p, new, fate.moved, c);
+                }
+            }
+        }
+    }
+    group.enter(len, gauge);
+}
+
+/// Parameters and updates whose squares are to be added.
+struct Group {
+    params: [f32; LANES],
+    updates: [f32; LANES],
+}
+
+impl Group {
+    #[inline(always)]
+    const fn new() -> Self {
+        Self { params: [0.0; LANES], updates: [0.0; LANES] }
+    }
+
+    /// Takes note of the `N` elements from `at` on.
+    ///
+    /// # Safety
+    /// `at + N` is at most [`LANES`]; the caller enables the instruction set.
+    #[inline(always)]
+    unsafe fn set<L: Lanes, const AMSGRAD: bool>(
+        &mut self,
+        at: usize,
+        p: L::F,
+        new: Elements<L>,
+        moved: L::M,
+        c: &Splat<L>,
+    ) {
+        // SAFETY: this function's contract.
+        unsafe {
+            let by = direction::<L>(new.m, if AMSGRAD { new.max_v } else { new.v }, c);
+            L::store(p, self.params.as_mut_ptr().add(at));
+            L::store(L::select(moved, by, L::splat(0.0)), self.updates.as_mut_ptr().add(at));
+        }
+    }
+
+    /// Adds the squares of the first `len`.
+    #[inline(always)]
+    fn enter(mut self, len: usize, gauge: &mut Gauge) {
+        self.params[len..].fill(0.0);
+        self.updates[len..].fill(0.0);
+        gauge.params.add_squares(&self.params);
+        gauge.updates.add_squares(&self.updates);
+    }
+}
+
+/// [`Gauge`]s a step with 8-bit moments.
+///
+/// # Safety
+/// As [`GaugeKernel`](super::kernels) says, and the caller enables the instruction set of `L`.
+#[inline(always)]
+pub(super) unsafe fn gauge8<L: Lanes, P: VectorFloat, G: VectorFloat>(
+    param: *const u8,
+    grad: *const u8,
+    moments: Moments8,
+    len: usize,
+    c: &Coefficients,
+    gauge: &mut Gauge,
+) {
+    let (param, grad) = (param.cast::<P>(), grad.cast::<G>());
+    // SAFETY: this function's contract.
+    unsafe {
+        if moments.max_v.is_none() {
+            gauge_all8::<L, P, G, false>(param, grad, moments, len, c, gauge);
+        } else {
+            gauge_all8::<L, P, G, true>(param, grad, moments, len, c, gauge);
+        }
+    }
+}
+
+/// # Safety
+/// As [`gauge8`]; `AMSGRAD` says whether there is a third moment.
+#[inline(always)]
+unsafe fn gauge_all8<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
+    param: *const P,
+    grad: *const G,
+    moments: Moments8,
+    len: usize,
+    c: &Coefficients,
+    gauge: &mut Gauge,
+) {
+    // SAFETY: this function's contract; the rest goes through a padded copy.
+    unsafe {
+        let c = Splat::<L>::new(c);
+        let whole = len / BLOCK * BLOCK;
+        for start in (0..whole).step_by(BLOCK) {
+            let moments = three(moments.skip(start));
+            let (p, g) = (param.add(start), grad.add(start));
+            gauge_block8::<L, P, G, AMSGRAD>(p, g, moments, BLOCK, &c, gauge);
+        }
+        let rest = len - whole;
+        if rest > 0 {
+            let moments = moments.skip(whole);
+            let mut tail = Tail::load(param.add(whole), grad.add(whole), moments, rest);
+            let moments = tail.moments();
+            let (p, g) = (tail.p.0.as_ptr(), tail.g.0.as_ptr());
+            gauge_block8::<L, P, G, AMSGRAD>(p, g, moments, rest, &c, gauge);
+        }
+    }
+}
+
+/// # Safety
+/// The pointers are valid for a block and a scale each; the caller enables the instruction set.
+#[inline(always)]
+unsafe fn gauge_block8<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
+    p: *const P,
+    g: *const G,
+    [m, v, max_v]: [RawCoded; 3],
+    len: usize,
+    c: &Splat<L>,
+    gauge: &mut Gauge,
+) {
+    let padded = len.next_multiple_of(LANES);
+    // SAFETY: this function's contract.
+    unsafe {
+        let mut pass = FirstPass::<L>::new::<AMSGRAD>([m, v, max_v]);
+        for start in (0..padded).step_by(LANES) {
+            let mut group = Group::new();
+            for at in (0..LANES).step_by(L::N) {
+                let i = start + at;
+                let codes = [m.code.add(i), v.code.add(i), max_v.code.add(i)];
+                let vector = pass.vector::<P, G, AMSGRAD>(p.add(i), g.add(i), codes, c);
+                group.set::<L, AMSGRAD>(at, vector.p, vector.new, vector.moved, c);
+            }
+            group.enter(LANES.min(len - start), gauge);
+        }
+        let (_, kept) = pass.counts(len, padded, c);
+        gauge.keeps |= kept > 0;
+        for (largest, range) in gauge.largest.iter_mut().zip([pass.m, pass.v, pass.max_v]) {
+            *largest = largest.max(L::reduce_max(range.max));
         }
     }
 }
@@ -660,6 +982,7 @@ unsafe fn decode_unsigned<L: Lanes>(code: L::I) -> L::F {
 }
 
 /// [`encode_block`](crate::codec::block::encode_block) for finite values whose scale is known.
+#[derive(Clone, Copy)]
 struct Encoder<L: Lanes> {
     power: L::F,
     reciprocal: L::F,

@@ -191,7 +191,8 @@ impl Plan {
 
     /// The index of the step's hyperparameters; neighbours that have the same share one.
     fn hyper(&mut self, step: &DeviceStep) -> Result<u32> {
-        let Hyper { lr, beta1, beta2, eps, weight_decay, decay, nonfinite, maximize } = step.hyper;
+        let Hyper { lr, beta1, beta2, eps, weight_decay, decay, nonfinite, maximize, .. } =
+            step.hyper;
         let hyper = DeviceHyper {
             lr,
             beta1,

@@ -304,7 +304,7 @@ fn the_end_of_a_huge_tensor() {
             let each = |spec: BufferSpec| match (spec.dtype, spec.per) {
                 (StateType::U8, _) => START,
                 (StateType::F32, Per::Element) => START * 4,
-                (StateType::F32, Per::Block) => START / 64,
+                (StateType::F32, Per::Block | Per::Tensor) => START / 64,
             };
             let before: Vec<u64> = format.buffers(0).into_iter().map(each).collect();
             let state: Vec<u64> = end
@@ -420,7 +420,17 @@ fn hypers() -> impl Strategy<Value = Group> {
     (rates, beta.clone(), beta, decay, nonfinite, flags, scale, found).prop_map(
         |(rates, beta1, beta2, decay, nonfinite, flags, grad_scale, found_inf)| {
             let ((lr, eps, weight_decay), (lr_on_device, maximize)) = (rates, flags);
-            let hyper = Hyper { lr, beta1, beta2, eps, weight_decay, decay, nonfinite, maximize };
+            let hyper = Hyper {
+                lr,
+                beta1,
+                beta2,
+                eps,
+                weight_decay,
+                decay,
+                nonfinite,
+                maximize,
+                ..Hyper::adam()
+            };
             Group { hyper, lr_on_device, grad_scale, found_inf }
         },
     )

@@ -170,7 +170,8 @@ impl Group {
     }
 
     pub fn table(&self, gpu: &mut Gpu) -> layout::Hyper {
-        let Hyper { lr, beta1, beta2, eps, weight_decay, decay, nonfinite, maximize } = self.hyper;
+        let Hyper { lr, beta1, beta2, eps, weight_decay, decay, nonfinite, maximize, .. } =
+            self.hyper;
         let (lr, lr_address) =
             if self.lr_on_device { (f64::NAN, gpu.upload(&[lr as f32])) } else { (lr, 0) };
         layout::Hyper {

@@ -85,6 +85,8 @@ impl Group {
                 decay,
                 nonfinite,
                 maximize: flag("maximize")?,
+                skip_zeros: false,
+                max_unorm: 0.0,
             },
             amsgrad: flag("amsgrad")?,
             lr_address,

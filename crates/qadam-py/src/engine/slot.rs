@@ -185,7 +185,7 @@ impl StateTensor {
         let stride: Vec<isize> = object.call_method0(intern!(py, "stride"))?.extract()?;
         let fits = match spec.per {
             Per::Element => got == shape && is_dense_like(shape, strides, &stride).unwrap_or(false),
-            Per::Block => {
+            Per::Block | Per::Tensor => {
                 got.iter().product::<usize>() == spec.len
                     && got.len() <= 1
                     && (spec.len < 2 || stride == [1])
@@ -194,7 +194,7 @@ impl StateTensor {
         if !fits {
             let accepted = match spec.per {
                 Per::Element => format!("shape {shape:?}, dense in the parameter's memory order"),
-                Per::Block => format!("a contiguous vector of {} elements", spec.len),
+                Per::Block | Per::Tensor => format!("a contiguous vector of {} elements", spec.len),
             };
             return refuse(format!("has shape {got:?} and strides {stride:?}"), &accepted);
         }
