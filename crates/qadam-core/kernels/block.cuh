@@ -1,0 +1,433 @@
+// A warp's block of a tensor: how it comes from memory, is updated, and goes back.
+#pragma once
+#include "dynamic.cuh"
+#include "table.cuh"
+
+const int WARPS = 8;  // a thread block
+
+// Eight elements of a block belong to a lane: two runs of four, so that a warp's accesses are
+// contiguous.
+const int RUNS = 2, RUN = 4, LANE = RUNS * RUN;
+
+template <typename T>
+struct alignas(sizeof(T) * RUN) Vector {
+    T at[RUN];
+};
+
+// A moment in memory: values, or codes and their scales.
+struct Moment {
+    u64 address, scale;
+};
+
+// What a warp keeps in shared memory, as registers are dear.
+struct Desk {
+    Vector<float> stage[BLOCK / RUN];  // what cannot be loaded or stored in vectors
+    Moment m, v, max_v;                // of the tensor
+    const Strides* strides;            // where the access is STRIDED
+    float factor;                      // of gradients
+};
+
+// A block, and which of its elements a lane has.
+struct Place {
+    u64 start;  // in the tensor
+    int len;
+    int lane;
+    Desk* desk;
+
+    __device__ __forceinline__ bool whole() const { return len == BLOCK; }
+    // Of a lane's vectors, counted in vectors from the block's first.
+    __device__ __forceinline__ int vector(int run) const { return run * 32 + lane; }
+};
+
+// How to reach the elements of a tensor.
+struct Path {
+    u64 base;
+    u32 access;
+    bool is_param;
+
+    // Where element `i` of the tensor lies, in elements from its first.
+    __device__ __forceinline__ u64 offset(u64 i, const Desk& desk) const {
+        if (access != STRIDED) return i;
+        const Strides* strides = desk.strides;
+        u64 at = 0;
+#pragma unroll 1
+        for (int d = 0; d < DIMS && i > 0; d++) {
+            u64 size = strides->size[d];
+            at += i % size * (is_param ? strides->param[d] : strides->grad[d]);
+            i /= size;
+        }
+        return at;
+    }
+};
+
+__device__ __forceinline__ Path dense(u64 base) { return {base, VECTOR, false}; }
+
+enum DType : u32 { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+template <typename T>
+__device__ __forceinline__ void load_vectors(float (&to)[LANE], u64 base, const Place& place) {
+    typedef Vector<typename T::Bits> Bits;
+    const Bits* from = global<const Bits>(base) + place.start / RUN;
+    typename T::Bits bits[LANE];
+#pragma unroll
+    for (int run = 0; run < RUNS; run++) {
+        Bits vector = from[place.vector(run)];
+#pragma unroll
+        for (int i = 0; i < RUN; i++) bits[run * RUN + i] = vector.at[i];
+    }
+    widen<T>(to, bits);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_vectors(
+    const float (&from)[LANE], u64 base, const Place& place
+) {
+    typedef Vector<typename T::Bits> Bits;
+    Bits* to = global<Bits>(base) + place.start / RUN;
+    typename T::Bits bits[LANE];
+    round<T>(bits, from);
+#pragma unroll
+    for (int run = 0; run < RUNS; run++) {
+        Bits vector;
+#pragma unroll
+        for (int i = 0; i < RUN; i++) vector.at[i] = bits[run * RUN + i];
+        to[place.vector(run)] = vector;
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ float load_one(u64 base, u64 at) {
+    return T::widen(global<const typename T::Bits>(base)[at]);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_one(float from, u64 base, u64 at) {
+    global<typename T::Bits>(base)[at] = T::round(from);
+}
+
+// Loads a lane's elements; those beyond the block's end are 0. The type is known at run time: all
+// lanes branch alike, and there is one body of the update instead of nine. What cannot be loaded in
+// vectors is gathered in shared memory, an element at a time.
+__device__ __forceinline__ void load(
+    float (&to)[LANE], u32 dtype, const Path& path, const Place& place
+) {
+    if (path.access == VECTOR && place.whole()) {
+        if (dtype == FLOAT32) {
+            load_vectors<F32>(to, path.base, place);
+        } else if (dtype == BFLOAT16) {
+            load_vectors<BF16>(to, path.base, place);
+        } else {
+            load_vectors<F16>(to, path.base, place);
+        }
+        return;
+    }
+    float* stage = (float*)place.desk->stage;
+#pragma unroll 1
+    for (int i = place.lane; i < BLOCK; i += 32) {
+        float x = 0.0f;
+        if (i < place.len) {
+            u64 at = path.offset(place.start + i, *place.desk);
+            x = dtype == FLOAT32    ? load_one<F32>(path.base, at)
+                : dtype == BFLOAT16 ? load_one<BF16>(path.base, at)
+                                    : load_one<F16>(path.base, at);
+        }
+        stage[i] = x;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int run = 0; run < RUNS; run++) {
+        Vector<float> vector = place.desk->stage[place.vector(run)];
+#pragma unroll
+        for (int i = 0; i < RUN; i++) to[run * RUN + i] = vector.at[i];
+    }
+    __syncwarp();
+}
+
+__device__ __forceinline__ void store(
+    const float (&from)[LANE], u32 dtype, const Path& path, const Place& place
+) {
+    if (path.access == VECTOR && place.whole()) {
+        if (dtype == FLOAT32) {
+            store_vectors<F32>(from, path.base, place);
+        } else if (dtype == BFLOAT16) {
+            store_vectors<BF16>(from, path.base, place);
+        } else {
+            store_vectors<F16>(from, path.base, place);
+        }
+        return;
+    }
+    const float* stage = (const float*)place.desk->stage;
+#pragma unroll
+    for (int run = 0; run < RUNS; run++) {
+        Vector<float> vector;
+#pragma unroll
+        for (int i = 0; i < RUN; i++) vector.at[i] = from[run * RUN + i];
+        place.desk->stage[place.vector(run)] = vector;
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = place.lane; i < place.len; i += 32) {
+        u64 at = path.offset(place.start + i, *place.desk);
+        if (dtype == FLOAT32) {
+            store_one<F32>(stage[i], path.base, at);
+        } else if (dtype == BFLOAT16) {
+            store_one<BF16>(stage[i], path.base, at);
+        } else {
+            store_one<F16>(stage[i], path.base, at);
+        }
+    }
+    __syncwarp();
+}
+
+// A lane's codes. They stay packed until they are used: unpacked, they would take four times the
+// registers.
+struct Codes {
+    u32 of_run[RUNS];
+
+    __device__ __forceinline__ u32 at(int i) const {
+        return of_run[i / RUN] >> i % RUN * 8 & 0xFFu;
+    }
+
+    // In order.
+    __device__ __forceinline__ void set(int i, u32 code) {
+        of_run[i / RUN] = i % RUN == 0 ? code : of_run[i / RUN] | code << i % RUN * 8;
+    }
+
+    // Those beyond the block's end are `padding`.
+    __device__ __forceinline__ void load(u64 base, const Place& place, u32 padding) {
+        const u8* from = global<const u8>(base) + place.start;
+#pragma unroll
+        for (int run = 0; run < RUNS; run++) {
+            if (place.whole()) {
+                of_run[run] = ((const u32*)from)[place.vector(run)];
+                continue;
+            }
+#pragma unroll
+            for (int i = 0; i < RUN; i++) {
+                int at = place.vector(run) * RUN + i;
+                set(run * RUN + i, at < place.len ? from[at] : padding);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store(u64 base, const Place& place) const {
+        u8* to = global<u8>(base) + place.start;
+#pragma unroll
+        for (int run = 0; run < RUNS; run++) {
+            if (place.whole()) {
+                ((u32*)to)[place.vector(run)] = of_run[run];
+                continue;
+            }
+#pragma unroll
+            for (int i = 0; i < RUN; i++) {
+                int element = place.vector(run) * RUN + i;
+                if (element < place.len) to[element] = (u8)at(run * RUN + i);
+            }
+        }
+    }
+};
+
+__device__ __forceinline__ int warp_sum(int x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(WARP, x, distance);
+    return x;
+}
+
+// Moments that are not, as can be where a gradient was not, count as 0.
+__device__ __forceinline__ void make_finite(float (&moment)[LANE]) {
+#pragma unroll
+    for (int i = 0; i < LANE; i++) moment[i] = is_finite(moment[i]) ? moment[i] : 0.0f;
+}
+
+// A lane's elements of a block, with their moments as values.
+struct Block {
+    float p[LANE], m[LANE], v[LANE];
+
+    // Of the `len` elements of a block. Those beyond them have gradients of 0, which are not finite
+    // only where no gradient is: if the factor or the coupled decay is infinite.
+    static __device__ __forceinline__ int count(int of_lane, int len) {
+        return min(warp_sum(of_lane), len);
+    }
+
+    // Makes gradients effective. Returns whether the whole block's need neither clamping nor skipping.
+    __device__ __forceinline__ bool prepare(
+        float (&g)[LANE], const Coefficients& c, float factor
+    ) const {
+        if (factor != 1.0f) {  // the same in every lane
+#pragma unroll
+            for (int i = 0; i < LANE; i++) g[i] = __fmul_rn(g[i], factor);
+        }
+        bool usual = true;
+#pragma unroll
+        for (int i = 0; i < LANE; i++) {
+            g[i] = effective_gradient(p[i], g[i], c);
+            usual &= fabsf(g[i]) <= GRADIENT_LIMIT;
+        }
+        return __all_sync(WARP, usual);
+    }
+
+    // Updates them and returns how many gradients of the whole block were not finite. Elements beyond
+    // its end are zero and have zero gradients.
+    __device__ __forceinline__ int update(
+        float (&g)[LANE], const Coefficients& c, float factor, int len
+    ) {
+        int nonfinite = 0;
+        if (prepare(g, c, factor)) {
+            bool nan = false;
+#pragma unroll
+            for (int i = 0; i < LANE; i++) {
+                set(i, advance(at(i), g[i], c));
+                nan |= is_nan(p[i]) | is_nan(m[i]) | is_nan(v[i]);
+            }
+            if (nan) {
+#pragma unroll
+                for (int i = 0; i < LANE; i++) set(i, canonical(at(i)));
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < LANE; i++) {
+                Element e = at(i);
+                nonfinite += !::update(e, g[i], c);
+                set(i, e);
+            }
+            nonfinite = count(nonfinite, len);
+        }
+        return nonfinite;
+    }
+
+    // `update` with a third moment, in two halves. This one makes the new first and second moments; it
+    // sets a bit in `kept` for each element that stays as it is.
+    __device__ __forceinline__ int average(
+        float (&g)[LANE], const Coefficients& c, float factor, int len, u32& kept
+    ) {
+        kept = 0;
+        if (prepare(g, c, factor)) {
+#pragma unroll
+            for (int i = 0; i < LANE; i++) ::average(m[i], v[i], g[i], c);
+            return 0;
+        }
+        int nonfinite = 0;
+#pragma unroll
+        for (int i = 0; i < LANE; i++) {
+            bool finite = is_finite(g[i]);
+            nonfinite += !finite;
+            if (finite || c.propagate) {
+                ::average(m[i], v[i], finite ? clamped(g[i]) : g[i], c);
+            } else {
+                kept |= 1u << i;
+            }
+        }
+        return count(nonfinite, len);
+    }
+
+    // And this one the parameter, by the second moments in `v`.
+    __device__ __forceinline__ void move(const Coefficients& c, u32 kept) {
+#pragma unroll
+        for (int i = 0; i < LANE; i++) {
+            if (kept >> i & 1u) continue;
+            set(i, canonical({moved(p[i], m[i], v[i], c), m[i], v[i]}));
+        }
+    }
+
+    __device__ __forceinline__ Element at(int i) const { return {p[i], m[i], v[i]}; }
+
+    __device__ __forceinline__ void set(int i, const Element& e) {
+        p[i] = e.p;
+        m[i] = e.m;
+        v[i] = e.v;
+    }
+};
+
+__device__ __forceinline__ float* scale_of(u64 scales, const Place& place) {
+    return global<float>(scales) + place.start / BLOCK;
+}
+
+__device__ __forceinline__ void load_moments(
+    Block& block, bool is_8bit, const Place& place, const Tables& tables
+) {
+    Moment from_m = place.desk->m, from_v = place.desk->v;
+    if (!is_8bit) {
+        load(block.m, FLOAT32, dense(from_m.address), place);
+        load(block.v, FLOAT32, dense(from_v.address), place);
+        return;
+    }
+    Codes m, v;
+    m.load(from_m.address, place, 127);
+    v.load(from_v.address, place, 0);
+    float m_scale = usable_scale(*scale_of(from_m.scale, place));
+    float v_scale = usable_scale(*scale_of(from_v.scale, place));
+#pragma unroll
+    for (int i = 0; i < LANE; i++) {
+        block.m[i] = __fmul_rn(tables.of_signed.value[m.at(i)], m_scale);
+        block.v[i] = __fmul_rn(tables.of_unsigned.value[v.at(i)], v_scale);
+    }
+}
+
+// With `keep`, scales do not fall: elements that were skipped keep their codes.
+__device__ __forceinline__ void store_second_moment(
+    const float (&v)[LANE], const Moment& to, bool is_8bit, const Place& place,
+    const Tables& tables, bool keep
+) {
+    if (!is_8bit) {
+        store(v, FLOAT32, dense(to.address), place);
+        return;
+    }
+    float scale = warp_max(v);
+    if (keep) scale = fmaxf(scale, usable_scale(*scale_of(to.scale, place)));
+    Normalizer normalizer(scale);
+    Codes codes;
+#pragma unroll
+    for (int i = 0; i < LANE; i++) {
+        codes.set(i, tables.encode_second_moment(normalizer.apply(v[i]), v[i] > 0.0f));
+    }
+    codes.store(to.address, place);
+    __syncwarp();  // every lane has read the old scale
+    if (place.lane == 0) *scale_of(to.scale, place) = scale;
+}
+
+__device__ __forceinline__ void load_second_moment(
+    float (&v)[LANE], const Moment& from, bool is_8bit, const Place& place, const Tables& tables
+) {
+    if (!is_8bit) {
+        load(v, FLOAT32, dense(from.address), place);
+        return;
+    }
+    Codes codes;
+    codes.load(from.address, place, 0);
+    float scale = usable_scale(*scale_of(from.scale, place));
+#pragma unroll
+    for (int i = 0; i < LANE; i++) v[i] = __fmul_rn(tables.of_unsigned.value[codes.at(i)], scale);
+}
+
+// As `store_second_moment`, for both moments of a block; the second goes to `v`.
+__device__ __forceinline__ void store_moments(
+    const Block& block, const Moment& to_m, const Moment& to_v, bool is_8bit, const Place& place,
+    const Tables& tables, bool keep
+) {
+    if (!is_8bit) {
+        store(block.m, FLOAT32, dense(to_m.address), place);
+        store(block.v, FLOAT32, dense(to_v.address), place);
+        return;
+    }
+    float m_scale = warp_max(block.m), v_scale = warp_max(block.v);
+    if (keep) {  // the same in every lane
+        m_scale = fmaxf(m_scale, usable_scale(*scale_of(to_m.scale, place)));
+        v_scale = fmaxf(v_scale, usable_scale(*scale_of(to_v.scale, place)));
+    }
+    Normalizer m_normalizer(m_scale), v_normalizer(v_scale);
+    Codes m, v;
+#pragma unroll
+    for (int i = 0; i < LANE; i++) {
+        m.set(i, tables.encode_signed(m_normalizer.apply(block.m[i])));
+        float x = v_normalizer.apply(block.v[i]);
+        v.set(i, tables.encode_second_moment(x, block.v[i] > 0.0f));
+    }
+    m.store(to_m.address, place);
+    v.store(to_v.address, place);
+    __syncwarp();  // every lane has read the old scales
+    if (place.lane == 0) {
+        *scale_of(to_m.scale, place) = m_scale;
+        *scale_of(to_v.scale, place) = v_scale;
+    }
+}
+
