@@ -20,13 +20,13 @@ __device__ __forceinline__ int step_block(
     load(g, tensor.grad_dtype, grad, place);
     load(block.p, tensor.param_dtype, param, place);
     load_moments(block, tensor.is_8bit, place, tables);
-    int nonfinite;
+    Outcome outcome;
     bool amsgrad = desk.max_v.address != 0;  // the same in every lane, as are all conditions here
     if (!amsgrad) {
-        nonfinite = block.update(g, c, desk.factor, place.len);
+        outcome = block.update(g, c, desk.factor, place);
     } else {
         u32 kept;
-        nonfinite = block.average(g, c, desk.factor, place.len, kept);
+        outcome = block.average(g, c, desk.factor, place, kept);
         // The largest second moments come in the registers of the gradients, which are of no more use.
         // Second moments proper are stored at once, and leave theirs to the largest.
         load_second_moment(g, desk.max_v, tensor.is_8bit, place, tables);
@@ -36,24 +36,23 @@ __device__ __forceinline__ int step_block(
             g[i] = maximum(g[i], block.v[i]);
             block.v[i] = canonical(block.v[i]);
         }
-        if (nonfinite > 0 && tensor.is_8bit) make_finite(block.v);
-        bool keep = nonfinite > 0 && !c.propagate;
-        if (!keep || nonfinite < place.len) {
-            store_second_moment(block.v, desk.v, tensor.is_8bit, place, tables, keep);
+        if ((outcome & NONFINITE) > 0 && tensor.is_8bit) make_finite(block.v);
+        if (!(outcome & KEPT)) {
+            store_second_moment(block.v, desk.v, tensor.is_8bit, place, tables, outcome & KEEPS);
         }
 #pragma unroll
         for (int i = 0; i < LANE; i++) block.v[i] = g[i];
         block.move(c, kept);
     }
     store(block.p, tensor.param_dtype, param, place);
-    if (nonfinite > 0 && tensor.is_8bit) {
-        if (nonfinite == place.len && !c.propagate) return nonfinite;
+    if (outcome != 0 && tensor.is_8bit) {
+        if (outcome & KEPT) return outcome & NONFINITE;
         make_finite(block.m);
         make_finite(block.v);
     }
     const Moment& v = amsgrad ? desk.max_v : desk.v;
-    store_moments(block, desk.m, v, tensor.is_8bit, place, tables, nonfinite > 0 && !c.propagate);
-    return nonfinite;
+    store_moments(block, desk.m, v, tensor.is_8bit, place, tables, outcome & KEEPS);
+    return outcome & NONFINITE;
 }
 
 __device__ __forceinline__ u32 step_chunk(
@@ -148,8 +147,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) qadam_count(
         for (int i = 0; i < LANE; i++) {
             float scaled = __fmul_rn(g[i], by);
             bool finite = is_finite(l2 != 0.0f ? __fmaf_rn(l2, p[i], scaled) : scaled);
-            bool is_there = place.vector(i / RUN) * RUN + i % RUN < len;
-            nonfinite += is_there && !finite;
+            bool counts = place.element(i) < len && !(hyper.skip_zeros && g[i] == 0.0f);
+            nonfinite += counts && !finite;
         }
     }
     if (nonfinite > 0) atomicAdd_system(&counts[chunk.tensor], nonfinite);

@@ -37,6 +37,17 @@ struct Place {
     __device__ __forceinline__ bool whole() const { return len == BLOCK; }
     // Of a lane's vectors, counted in vectors from the block's first.
     __device__ __forceinline__ int vector(int run) const { return run * 32 + lane; }
+    // Of a lane's elements, counted from the block's first.
+    __device__ __forceinline__ int element(int i) const {
+        return vector(i / RUN) * RUN + i % RUN;
+    }
+    // A bit for each of a lane's elements that the block has.
+    __device__ __forceinline__ u32 present() const {
+        u32 bits = 0;
+#pragma unroll
+        for (int i = 0; i < LANE; i++) bits |= (u32)(element(i) < len) << i;
+        return bits;
+    }
 };
 
 // How to reach the elements of a tensor.
@@ -239,25 +250,41 @@ __device__ __forceinline__ void make_finite(float (&moment)[LANE]) {
     for (int i = 0; i < LANE; i++) moment[i] = is_finite(moment[i]) ? moment[i] : 0.0f;
 }
 
+// What became of a block: how many of its gradients were not finite, whether elements were kept as they
+// were (KEEPS), and whether all were (KEPT). 0 is the usual. (Not a structure: NVRTC then takes minutes.)
+typedef u32 Outcome;
+const u32 NONFINITE = 0xFFFFu, KEEPS = 1u << 16, KEPT = 1u << 17;
+
+// By the elements that a lane kept, and those whose gradients were not finite; a bit each. Others than
+// the block has do not count.
+__device__ __forceinline__ Outcome outcome_of(u32 kept, u32 nonfinite, const Place& place) {
+    u32 present = place.present();
+    Outcome outcome = warp_sum(__popc(nonfinite & present));
+    if (__any_sync(WARP, kept & present)) outcome |= KEEPS;
+    if (__all_sync(WARP, (kept & present) == present)) outcome |= KEPT;
+    return outcome;
+}
+
 // A lane's elements of a block, with their moments as values.
 struct Block {
     float p[LANE], m[LANE], v[LANE];
 
-    // Of the `len` elements of a block. Those beyond them have gradients of 0, which are not finite
-    // only where no gradient is: if the factor or the coupled decay is infinite.
-    static __device__ __forceinline__ int count(int of_lane, int len) {
-        return min(warp_sum(of_lane), len);
-    }
-
-    // Makes gradients effective. Returns whether the whole block's need neither clamping nor skipping.
+    // Makes gradients effective, and sets a bit in `kept` for each element that is left as it is for
+    // its gradient of zero. Returns whether the whole block's need neither clamping nor skipping.
     __device__ __forceinline__ bool prepare(
-        float (&g)[LANE], const Coefficients& c, float factor
+        float (&g)[LANE], const Coefficients& c, float factor, const Place& place, u32& kept
     ) const {
-        if (factor != 1.0f) {  // the same in every lane
+        kept = 0;
+        if (c.skip_zeros) {  // the same in every lane, as is the next
+#pragma unroll
+            for (int i = 0; i < LANE; i++) kept |= (u32)(g[i] == 0.0f) << i;
+            kept &= place.present();
+        }
+        if (factor != 1.0f) {
 #pragma unroll
             for (int i = 0; i < LANE; i++) g[i] = __fmul_rn(g[i], factor);
         }
-        bool usual = true;
+        bool usual = kept == 0;
 #pragma unroll
         for (int i = 0; i < LANE; i++) {
             g[i] = effective_gradient(p[i], g[i], c);
@@ -266,13 +293,12 @@ struct Block {
         return __all_sync(WARP, usual);
     }
 
-    // Updates them and returns how many gradients of the whole block were not finite. Elements beyond
-    // its end are zero and have zero gradients.
-    __device__ __forceinline__ int update(
-        float (&g)[LANE], const Coefficients& c, float factor, int len
+    // Updates them. Elements beyond the block's end are zero and have zero gradients.
+    __device__ __forceinline__ Outcome update(
+        float (&g)[LANE], const Coefficients& c, float factor, const Place& place
     ) {
-        int nonfinite = 0;
-        if (prepare(g, c, factor)) {
+        u32 kept;
+        if (prepare(g, c, factor, place, kept)) {
             bool nan = false;
 #pragma unroll
             for (int i = 0; i < LANE; i++) {
@@ -283,41 +309,42 @@ struct Block {
 #pragma unroll
                 for (int i = 0; i < LANE; i++) set(i, canonical(at(i)));
             }
-        } else {
-#pragma unroll
-            for (int i = 0; i < LANE; i++) {
-                Element e = at(i);
-                nonfinite += !::update(e, g[i], c);
-                set(i, e);
-            }
-            nonfinite = count(nonfinite, len);
+            return 0;
         }
-        return nonfinite;
+        u32 nonfinite = 0;
+#pragma unroll
+        for (int i = 0; i < LANE; i++) {
+            if (kept >> i & 1u) continue;
+            Element e = at(i);
+            nonfinite |= (u32)!::update(e, g[i], c) << i;
+            set(i, e);
+        }
+        if (!c.propagate) kept |= nonfinite;
+        return outcome_of(kept, nonfinite, place);
     }
 
-    // `update` with a third moment, in two halves. This one makes the new first and second moments; it
-    // sets a bit in `kept` for each element that stays as it is.
-    __device__ __forceinline__ int average(
-        float (&g)[LANE], const Coefficients& c, float factor, int len, u32& kept
+    // `update` in two halves, for a third moment and for what is only measured. This one makes the new
+    // first and second moments; it sets a bit in `kept` for each element that stays as it is.
+    __device__ __forceinline__ Outcome average(
+        float (&g)[LANE], const Coefficients& c, float factor, const Place& place, u32& kept
     ) {
-        kept = 0;
-        if (prepare(g, c, factor)) {
+        if (prepare(g, c, factor, place, kept)) {
 #pragma unroll
             for (int i = 0; i < LANE; i++) ::average(m[i], v[i], g[i], c);
             return 0;
         }
-        int nonfinite = 0;
+        u32 nonfinite = 0;
 #pragma unroll
         for (int i = 0; i < LANE; i++) {
+            if (kept >> i & 1u) continue;
             bool finite = is_finite(g[i]);
-            nonfinite += !finite;
+            nonfinite |= (u32)!finite << i;
             if (finite || c.propagate) {
                 ::average(m[i], v[i], finite ? clamped(g[i]) : g[i], c);
-            } else {
-                kept |= 1u << i;
             }
         }
-        return count(nonfinite, len);
+        if (!c.propagate) kept |= nonfinite;
+        return outcome_of(kept, nonfinite, place);
     }
 
     // And this one the parameter, by the second moments in `v`.

@@ -12,7 +12,7 @@ struct Hyper {
     u32 decoupled;
     u32 propagate;
     u32 maximize;
-    u32 unused;
+    u32 skip_zeros;
 
     __device__ __forceinline__ bool is_off() const {
         return found_inf != 0 && *(const float*)found_inf != 0.0f;
@@ -21,7 +21,7 @@ struct Hyper {
 
 struct Coefficients {
     float w1, w2, step, eps, l2, shrink;
-    bool propagate;
+    bool propagate, skip_zeros;
 };
 
 // Square-and-multiply, as on the host.
@@ -56,6 +56,7 @@ __device__ __forceinline__ Coefficients coefficients(const Hyper& h, u64 t) {
     c.l2 = h.decoupled ? 0.0f : __double2float_rn(h.weight_decay);
     c.shrink = h.decoupled ? __double2float_rn(__dmul_rn(lr, h.weight_decay)) : 0.0f;
     c.propagate = h.propagate != 0;
+    c.skip_zeros = h.skip_zeros != 0;
     return c;
 }
 

@@ -191,8 +191,18 @@ impl Plan {
 
     /// The index of the step's hyperparameters; neighbours that have the same share one.
     fn hyper(&mut self, step: &DeviceStep) -> Result<u32> {
-        let Hyper { lr, beta1, beta2, eps, weight_decay, decay, nonfinite, maximize, .. } =
-            step.hyper;
+        let Hyper {
+            lr,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            decay,
+            nonfinite,
+            maximize,
+            skip_zeros,
+            ..
+        } = step.hyper;
         let hyper = DeviceHyper {
             lr,
             beta1,
@@ -205,7 +215,7 @@ impl Plan {
             decoupled: u32::from(decay == Decay::Decoupled),
             propagate: u32::from(nonfinite == NonFinite::Propagate),
             maximize: u32::from(maximize),
-            unused: 0,
+            skip_zeros: u32::from(skip_zeros),
         };
         let same = |last: &DeviceHyper| {
             bytes(std::slice::from_ref(last)) == bytes(std::slice::from_ref(&hyper))

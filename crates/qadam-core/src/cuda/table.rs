@@ -79,7 +79,7 @@ pub(super) struct Hyper {
     pub decoupled: u32,
     pub propagate: u32,
     pub maximize: u32,
-    pub unused: u32,
+    pub skip_zeros: u32,
 }
 
 /// What a launch is given the address of.
@@ -123,7 +123,7 @@ plain! {
     Chunk { start: 0, len: 8, tensor: 12 } 16
     Hyper {
         lr: 0, beta1: 8, beta2: 16, eps: 24, weight_decay: 32, lr_address: 40, grad_scale: 48,
-        found_inf: 56, decoupled: 64, propagate: 68, maximize: 72, unused: 76
+        found_inf: 56, decoupled: 64, propagate: 68, maximize: 72, skip_zeros: 76
     } 80
     Table {
         tensors: 0, grads: 8, chunks: 16, hypers: 24, nonfinite: 32, arrived: 40,

@@ -21,7 +21,7 @@ pub struct Hyper {
     pub decoupled: u32,
     pub propagate: u32,
     pub maximize: u32,
-    pub unused: u32,
+    pub skip_zeros: u32,
 }
 
 #[repr(C)]

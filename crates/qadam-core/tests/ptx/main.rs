@@ -171,6 +171,53 @@ fn gradients_are_scaled_and_negated_and_steps_are_not_taken() {
     }
 }
 
+/// Gradients of zeros of both signs in some elements of a block, in all, in all but what is not finite,
+/// and in its tail; with what turns a zero into something else.
+#[test]
+fn zero_gradients_are_skipped() {
+    let mut numbers = Numbers(12);
+    let mut groups = groups();
+    for group in &mut groups {
+        group.hyper.skip_zeros = true;
+    }
+    let scaled = groups.clone().into_iter().zip([f32::NAN, 1e-40, 0.0, 4.0, 1e30, -1.0]);
+    let scaled = scaled.map(|(group, scale)| Group { grad_scale: Some(scale), ..group });
+    groups.extend(scaled.collect::<Vec<_>>());
+    groups.push(Group::from(Hyper { weight_decay: 1e300, skip_zeros: true, ..Hyper::adam() }));
+    let places = [1, 256, 700, 1030].map(Place::dense).into_iter().chain([
+        Place::dense(513).shifted(1, 0),
+        Place::strided(&[37, 23], &[23, 1], &[1, 37]),
+    ]);
+    let places: Vec<Place> = places.collect();
+    for kind in [Kind::Ordinary, Kind::Adversarial] {
+        let mut tensors = everywhere(&mut numbers, kind, &places);
+        for (i, tensor) in tensors.iter_mut().enumerate() {
+            tensor.group = i * 5 % groups.len();
+        }
+        let mut step = || {
+            let grads = tensors.iter().map(|tensor| {
+                let mut values = numbers.floats(kind, tensor.place.grad_span());
+                for block in values.chunks_mut(256) {
+                    let zeros = [0, 1, 2, 16, 16, 17, 17][numbers.below(7)];
+                    for value in block {
+                        let zero = numbers.below(16) < zeros;
+                        let nan = zeros == 17 && numbers.below(3) == 0;
+                        match (zero, nan) {
+                            (true, false) => *value = [0.0, -0.0][numbers.below(2)],
+                            (true, true) => *value = f32::NAN,
+                            _ => {}
+                        }
+                    }
+                }
+                Some(Buffer::new(&encode(&values, tensor.grad_dtype)))
+            });
+            Step { groups: groups.clone(), grads: grads.collect() }
+        };
+        let steps = [step(), step()];
+        compare(&tensors, &steps, 512);
+    }
+}
+
 #[test]
 fn hyperparameters_at_their_ends() {
     let mut numbers = Numbers(5);
@@ -412,14 +459,14 @@ fn hypers() -> impl Strategy<Value = Group> {
     let nonfinite = prop::sample::select(vec![NonFinite::Skip, NonFinite::Propagate]);
     let rate = prop::sample::select(vec![0.0, 1e-8, 1e-3, 0.1, 1e3]);
     let rates = (rate.clone(), rate.clone(), rate);
-    let flags = (any::<bool>(), any::<bool>());
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>());
     // of the loss: usual ones, and those whose inverse is subnormal, infinite, or no number
     let scale = vec![65_536.0, 3.0, 1e-3, f32::MAX, 1e-40, 0.0, -2.0, f32::INFINITY, f32::NAN];
     let scale = prop::option::of(prop::sample::select(scale));
     let found = prop::option::of(prop::sample::select(vec![0.0, -0.0, 0.0, 1.0, f32::NAN]));
     (rates, beta.clone(), beta, decay, nonfinite, flags, scale, found).prop_map(
         |(rates, beta1, beta2, decay, nonfinite, flags, grad_scale, found_inf)| {
-            let ((lr, eps, weight_decay), (lr_on_device, maximize)) = (rates, flags);
+            let ((lr, eps, weight_decay), (lr_on_device, maximize, skip_zeros)) = (rates, flags);
             let hyper = Hyper {
                 lr,
                 beta1,
@@ -429,6 +476,7 @@ fn hypers() -> impl Strategy<Value = Group> {
                 decay,
                 nonfinite,
                 maximize,
+                skip_zeros,
                 ..Hyper::adam()
             };
             Group { hyper, lr_on_device, grad_scale, found_inf }

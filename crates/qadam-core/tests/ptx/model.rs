@@ -170,8 +170,18 @@ impl Group {
     }
 
     pub fn table(&self, gpu: &mut Gpu) -> layout::Hyper {
-        let Hyper { lr, beta1, beta2, eps, weight_decay, decay, nonfinite, maximize, .. } =
-            self.hyper;
+        let Hyper {
+            lr,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            decay,
+            nonfinite,
+            maximize,
+            skip_zeros,
+            ..
+        } = self.hyper;
         let (lr, lr_address) =
             if self.lr_on_device { (f64::NAN, gpu.upload(&[lr as f32])) } else { (lr, 0) };
         layout::Hyper {
@@ -186,7 +196,7 @@ impl Group {
             decoupled: (decay == Decay::Decoupled).into(),
             propagate: (nonfinite == NonFinite::Propagate).into(),
             maximize: maximize.into(),
-            unused: 0,
+            skip_zeros: skip_zeros.into(),
         }
     }
 }
