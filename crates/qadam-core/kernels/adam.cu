@@ -7,19 +7,20 @@
 //
 // Everything that changes from step to step (hyperparameters, step counts, gradient pointers) is read
 // from device memory, so that a captured graph stays right when they change.
-#include "block.cuh"
+#include "measure.cuh"
 
 // Updates one block and returns how many of its gradients were not finite.
 __device__ __forceinline__ int step_block(
-    const Tensor& tensor, const Path& param, const Path& grad, const Place& place,
+    const Tensor& tensor, const Path& param, const Place& place,
     const Coefficients& c, const Tables& tables
 ) {
     Desk& desk = *place.desk;
+    bool is_8bit = tensor.flags & IS_8BIT;
     Block block;
     float g[LANE];
-    load(g, tensor.grad_dtype, grad, place);
+    load(g, tensor.grad_dtype, {desk.gradient, param.access, false}, place);
     load(block.p, tensor.param_dtype, param, place);
-    load_moments(block, tensor.is_8bit, place, tables);
+    load_moments(block, is_8bit, place, tables);
     Outcome outcome;
     bool amsgrad = desk.max_v.address != 0;  // the same in every lane, as are all conditions here
     if (!amsgrad) {
@@ -29,57 +30,74 @@ __device__ __forceinline__ int step_block(
         outcome = block.average(g, c, desk.factor, place, kept);
         // The largest second moments come in the registers of the gradients, which are of no more use.
         // Second moments proper are stored at once, and leave theirs to the largest.
-        load_second_moment(g, desk.max_v, tensor.is_8bit, place, tables);
+        load_second_moment(g, desk.max_v, is_8bit, place, tables);
 #pragma unroll
         for (int i = 0; i < LANE; i++) {
             if (kept >> i & 1u) continue;
             g[i] = maximum(g[i], block.v[i]);
             block.v[i] = canonical(block.v[i]);
         }
-        if ((outcome & NONFINITE) > 0 && tensor.is_8bit) make_finite(block.v);
-        if (!(outcome & KEPT)) {
-            store_second_moment(block.v, desk.v, tensor.is_8bit, place, tables, outcome & KEEPS);
+        if ((outcome & NONFINITE) > 0 && is_8bit) make_finite(block.v);
+        if (!(outcome & KEPT) || desk.v.told >= 0.0f) {
+            store_second_moment(block.v, desk.v, is_8bit, place, tables, outcome & KEEPS);
         }
 #pragma unroll
         for (int i = 0; i < LANE; i++) block.v[i] = g[i];
         block.move(c, kept);
     }
     store(block.p, tensor.param_dtype, param, place);
-    if (outcome != 0 && tensor.is_8bit) {
-        if (outcome & KEPT) return outcome & NONFINITE;
+    if (outcome != 0 && is_8bit) {
+        // A scale of its own stays with the codes of a block that was kept; one for all may be another.
+        if ((outcome & KEPT) && desk.m.told < 0.0f) return outcome & NONFINITE;
         make_finite(block.m);
         make_finite(block.v);
     }
     const Moment& v = amsgrad ? desk.max_v : desk.v;
-    store_moments(block, desk.m, v, tensor.is_8bit, place, tables, outcome & KEEPS);
+    store_moments(block, desk.m, v, is_8bit, place, tables, outcome & KEEPS);
     return outcome & NONFINITE;
 }
 
 __device__ __forceinline__ u32 step_chunk(
-    const Tensor& tensor, const Grad& grad, const Chunk& chunk, const Hyper& hyper, int lane,
-    const Tables& tables, Desk* desk
+    const Tensor& tensor, const Grad& grad, const Chunk& chunk, const Hyper& hyper,
+    const Found* found, int lane, const Tables& tables, Desk* desk
 ) {
-    u64 t = (u64)*global<const float>(tensor.step) + 1;
-    Coefficients c = coefficients(hyper, t);
-    if (lane == 0) {
-        desk->strides = global<const Strides>(grad.strides);
-        desk->m = {tensor.m, tensor.m_scale};
-        desk->v = {tensor.v, tensor.v_scale};
-        desk->max_v = {tensor.max_v, tensor.max_v_scale};
-        desk->factor = factor(hyper);
-    }
+    Coefficients c = coefficients(hyper, coming_step(tensor));
+    if (tensor.flags & MEASURED) c.step = __fmul_rn(c.step, found->update_scale);
+    if (lane == 0) fill(desk, tensor, grad, cut_factor(hyper, grad), found);
     __syncwarp();
     Path param = {tensor.param, grad.access, true};
-    Path gradient = {grad.address, grad.access, false};
     u32 nonfinite = 0;
     Place place = {chunk.start, BLOCK, lane, desk};
 #pragma unroll 1
     for (u32 left = chunk.len; left > 0; left -= place.len) {
         place.len = (int)min(left, (u32)BLOCK);
-        nonfinite += step_block(tensor, param, gradient, place, c, tables);
+        nonfinite += step_block(tensor, param, place, c, tables);
         place.start += BLOCK;
     }
     return nonfinite;
+}
+
+// What is left when all of a tensor has been updated: scales that every warp has read, the gradient's
+// norm among those that limit the next ones, and the step count.
+__device__ __forceinline__ void finish(
+    const Tensor& tensor, const Grad& grad, const Found* found
+) {
+    if ((tensor.flags & ONE_SCALE) && (tensor.flags & MEASURED)) {
+        *global<float>(tensor.m_scale) = found->scale[0];
+        *global<float>(tensor.v_scale) = found->scale[1];
+        if (tensor.max_v_scale != 0) *global<float>(tensor.max_v_scale) = found->scale[2];
+    }
+    if (tensor.history != 0 && grad.cut != 0) {
+        const Cut* cut = global<const Cut>(grad.cut);
+        float* history = global<float>(tensor.history);
+        if (cut->slot < HISTORY) history[cut->slot] = cut->squares;
+        if (cut->slot == EVERY_SLOT) {
+#pragma unroll 1
+            for (u32 i = 0; i < HISTORY; i++) history[i] = cut->squares;
+        }
+    }
+    float* step = global<float>(tensor.step);
+    *step = __fadd_rn(*step, 1.0f);
 }
 
 // Three thread blocks a multiprocessor: 80 registers, and none spilled.
@@ -92,27 +110,21 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 3) qadam_step(const Tab
     if (warp >= table->chunk_count) return;
     Chunk chunk = table->chunks[warp];
     Grad grad = table->grads[chunk.tensor];
+    const Found* found = (const Found*)table->found;
     if (is_to_step(table, grad, chunk.tensor)) {
         Tensor tensor = table->tensors[chunk.tensor];
         u32 nonfinite = step_chunk(
-            tensor, grad, chunk, table->hypers[tensor.hyper], lane, tables, &desks[threadIdx.x / 32]
+            tensor, grad, chunk, table->hypers[tensor.hyper], found + chunk.tensor, lane, tables,
+            &desks[threadIdx.x / 32]
         );
         if (nonfinite > 0 && lane == 0) atomicAdd_system(table->nonfinite, (u64)nonfinite);
     }
-    // The last warp to get here advances the step counts: every other has read them.
-    __syncwarp();
-    u32 before = 0;
-    if (lane == 0) {
-        __threadfence();
-        before = atomicAdd(table->arrived, 1u);
-    }
-    if (__shfl_sync(WARP, before, 0) + 1 < table->chunk_count) return;
+    // By the last warp to get here: every other is done with its chunk.
+    if (!arrive(table->arrived, 1, (u32)table->chunk_count, lane)) return;
     for (u64 i = lane; i < table->tensor_count; i += 32) {
-        if (!is_to_step(table, table->grads[i], i)) continue;
-        float* step = (float*)table->tensors[i].step;
-        *step = __fadd_rn(*step, 1.0f);
+        Grad grad = table->grads[i];
+        if (is_to_step(table, grad, i)) finish(table->tensors[i], grad, found + i);
     }
-    if (lane == 0) *table->arrived = 0;
 }
 
 // For `NonFinite::Raise`: adds how many of each tensor's gradients are not finite to its count, which

@@ -17,12 +17,14 @@ struct alignas(sizeof(T) * RUN) Vector {
 // A moment in memory: values, or codes and their scales.
 struct Moment {
     u64 address, scale;
+    float told;  // its new scale where it has one for all blocks, else negative: each finds its own
 };
 
 // What a warp keeps in shared memory, as registers are dear.
 struct Desk {
     Vector<float> stage[BLOCK / RUN];  // what cannot be loaded or stored in vectors
     Moment m, v, max_v;                // of the tensor
+    u64 gradient;
     const Strides* strides;            // where the access is STRIDED
     float factor;                      // of gradients
 };
@@ -116,22 +118,8 @@ __device__ __forceinline__ void store_one(float from, u64 base, u64 at) {
     global<typename T::Bits>(base)[at] = T::round(from);
 }
 
-// Loads a lane's elements; those beyond the block's end are 0. The type is known at run time: all
-// lanes branch alike, and there is one body of the update instead of nine. What cannot be loaded in
-// vectors is gathered in shared memory, an element at a time.
-__device__ __forceinline__ void load(
-    float (&to)[LANE], u32 dtype, const Path& path, const Place& place
-) {
-    if (path.access == VECTOR && place.whole()) {
-        if (dtype == FLOAT32) {
-            load_vectors<F32>(to, path.base, place);
-        } else if (dtype == BFLOAT16) {
-            load_vectors<BF16>(to, path.base, place);
-        } else {
-            load_vectors<F16>(to, path.base, place);
-        }
-        return;
-    }
+// Gathers a block in shared memory, an element at a time; those beyond its end are 0.
+__device__ __forceinline__ void gather(u32 dtype, const Path& path, const Place& place) {
     float* stage = (float*)place.desk->stage;
 #pragma unroll 1
     for (int i = place.lane; i < BLOCK; i += 32) {
@@ -145,6 +133,25 @@ __device__ __forceinline__ void load(
         stage[i] = x;
     }
     __syncwarp();
+}
+
+// Loads a lane's elements; those beyond the block's end are 0. The type is known at run time: all
+// lanes branch alike, and there is one body of the update instead of nine. What cannot be loaded in
+// vectors is gathered first.
+__device__ __forceinline__ void load(
+    float (&to)[LANE], u32 dtype, const Path& path, const Place& place
+) {
+    if (path.access == VECTOR && place.whole()) {
+        if (dtype == FLOAT32) {
+            load_vectors<F32>(to, path.base, place);
+        } else if (dtype == BFLOAT16) {
+            load_vectors<BF16>(to, path.base, place);
+        } else {
+            load_vectors<F16>(to, path.base, place);
+        }
+        return;
+    }
+    gather(dtype, path, place);
 #pragma unroll
     for (int run = 0; run < RUNS; run++) {
         Vector<float> vector = place.desk->stage[place.vector(run)];
@@ -275,7 +282,7 @@ struct Block {
         float (&g)[LANE], const Coefficients& c, float factor, const Place& place, u32& kept
     ) const {
         kept = 0;
-        if (c.skip_zeros) {  // the same in every lane, as is the next
+        if (c.skip_zeros()) {  // the same in every lane, as is the next
 #pragma unroll
             for (int i = 0; i < LANE; i++) kept |= (u32)(g[i] == 0.0f) << i;
             kept &= place.present();
@@ -319,7 +326,7 @@ struct Block {
             nonfinite |= (u32)!::update(e, g[i], c) << i;
             set(i, e);
         }
-        if (!c.propagate) kept |= nonfinite;
+        if (!c.propagate()) kept |= nonfinite;
         return outcome_of(kept, nonfinite, place);
     }
 
@@ -339,11 +346,11 @@ struct Block {
             if (kept >> i & 1u) continue;
             bool finite = is_finite(g[i]);
             nonfinite |= (u32)!finite << i;
-            if (finite || c.propagate) {
+            if (finite || c.propagate()) {
                 ::average(m[i], v[i], finite ? clamped(g[i]) : g[i], c);
             }
         }
-        if (!c.propagate) kept |= nonfinite;
+        if (!c.propagate()) kept |= nonfinite;
         return outcome_of(kept, nonfinite, place);
     }
 
@@ -365,8 +372,14 @@ struct Block {
     }
 };
 
-__device__ __forceinline__ float* scale_of(u64 scales, const Place& place) {
-    return global<float>(scales) + place.start / BLOCK;
+// The scale of a block that has one.
+__device__ __forceinline__ float* own_scale(const Moment& moment, const Place& place) {
+    return global<float>(moment.scale) + place.start / BLOCK;
+}
+
+// In bytes from a moment's first scale, where that of a block is.
+__device__ __forceinline__ u64 scale_offset(const Place& place) {
+    return place.desk->m.told < 0.0f ? place.start / BLOCK * sizeof(float) : 0;
 }
 
 __device__ __forceinline__ void load_moments(
@@ -381,8 +394,9 @@ __device__ __forceinline__ void load_moments(
     Codes m, v;
     m.load(from_m.address, place, 127);
     v.load(from_v.address, place, 0);
-    float m_scale = usable_scale(*scale_of(from_m.scale, place));
-    float v_scale = usable_scale(*scale_of(from_v.scale, place));
+    u64 offset = scale_offset(place);
+    float m_scale = usable_scale(*global<const float>(from_m.scale + offset));
+    float v_scale = usable_scale(*global<const float>(from_v.scale + offset));
 #pragma unroll
     for (int i = 0; i < LANE; i++) {
         block.m[i] = __fmul_rn(tables.of_signed.value[m.at(i)], m_scale);
@@ -390,7 +404,8 @@ __device__ __forceinline__ void load_moments(
     }
 }
 
-// With `keep`, scales do not fall: elements that were skipped keep their codes.
+// With `keep`, scales do not fall: elements that were skipped keep their codes. A scale for all blocks
+// is not written: other warps read the old one.
 __device__ __forceinline__ void store_second_moment(
     const float (&v)[LANE], const Moment& to, bool is_8bit, const Place& place,
     const Tables& tables, bool keep
@@ -399,8 +414,12 @@ __device__ __forceinline__ void store_second_moment(
         store(v, FLOAT32, dense(to.address), place);
         return;
     }
-    float scale = warp_max(v);
-    if (keep) scale = fmaxf(scale, usable_scale(*scale_of(to.scale, place)));
+    float scale = to.told;
+    bool own = scale < 0.0f;  // the same in every lane
+    if (own) {
+        scale = warp_max(v);
+        if (keep) scale = fmaxf(scale, usable_scale(*own_scale(to, place)));
+    }
     Normalizer normalizer(scale);
     Codes codes;
 #pragma unroll
@@ -409,7 +428,7 @@ __device__ __forceinline__ void store_second_moment(
     }
     codes.store(to.address, place);
     __syncwarp();  // every lane has read the old scale
-    if (place.lane == 0) *scale_of(to.scale, place) = scale;
+    if (own && place.lane == 0) *own_scale(to, place) = scale;
 }
 
 __device__ __forceinline__ void load_second_moment(
@@ -421,7 +440,7 @@ __device__ __forceinline__ void load_second_moment(
     }
     Codes codes;
     codes.load(from.address, place, 0);
-    float scale = usable_scale(*scale_of(from.scale, place));
+    float scale = usable_scale(*global<const float>(from.scale + scale_offset(place)));
 #pragma unroll
     for (int i = 0; i < LANE; i++) v[i] = __fmul_rn(tables.of_unsigned.value[codes.at(i)], scale);
 }
@@ -436,10 +455,15 @@ __device__ __forceinline__ void store_moments(
         store(block.v, FLOAT32, dense(to_v.address), place);
         return;
     }
-    float m_scale = warp_max(block.m), v_scale = warp_max(block.v);
-    if (keep) {  // the same in every lane
-        m_scale = fmaxf(m_scale, usable_scale(*scale_of(to_m.scale, place)));
-        v_scale = fmaxf(v_scale, usable_scale(*scale_of(to_v.scale, place)));
+    float m_scale = to_m.told, v_scale = to_v.told;
+    bool own = m_scale < 0.0f;  // the same in every lane, as is `keep`
+    if (own) {
+        m_scale = warp_max(block.m);
+        v_scale = warp_max(block.v);
+        if (keep) {
+            m_scale = fmaxf(m_scale, usable_scale(*own_scale(to_m, place)));
+            v_scale = fmaxf(v_scale, usable_scale(*own_scale(to_v, place)));
+        }
     }
     Normalizer m_normalizer(m_scale), v_normalizer(v_scale);
     Codes m, v;
@@ -452,9 +476,26 @@ __device__ __forceinline__ void store_moments(
     m.store(to_m.address, place);
     v.store(to_v.address, place);
     __syncwarp();  // every lane has read the old scales
-    if (place.lane == 0) {
-        *scale_of(to_m.scale, place) = m_scale;
-        *scale_of(to_v.scale, place) = v_scale;
+    if (own && place.lane == 0) {
+        *own_scale(to_m, place) = m_scale;
+        *own_scale(to_v, place) = v_scale;
     }
 }
 
+// Writes on a warp's desk what it needs once a block. New scales are known if `found` says them.
+__device__ __forceinline__ void fill(
+    Desk* desk, const Tensor& tensor, const Grad& grad, float factor, const Found* found
+) {
+    float told[3] = {-1.0f, -1.0f, -1.0f};
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+        if (!(tensor.flags & ONE_SCALE)) continue;
+        told[i] = found != nullptr && tensor.flags & MEASURED ? found->scale[i] : 0.0f;
+    }
+    desk->m = {tensor.m, tensor.m_scale, told[0]};
+    desk->v = {tensor.v, tensor.v_scale, told[1]};
+    desk->max_v = {tensor.max_v, tensor.max_v_scale, told[2]};
+    desk->gradient = grad.address;
+    desk->strides = global<const Strides>(grad.strides);
+    desk->factor = factor;
+}

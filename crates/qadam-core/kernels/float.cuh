@@ -13,6 +13,10 @@ __device__ __forceinline__ bool is_finite(float x) {
     return fabsf(x) < __uint_as_float(0x7F800000u);
 }
 
+__device__ __forceinline__ bool is_finite(double x) {
+    return fabs(x) < __longlong_as_double(0x7FF0000000000000ll);
+}
+
 // `widen` and `round` are right for every bit pattern, their `_number` forms for all but NaNs; widened,
 // those are NaNs still.
 struct F32 {

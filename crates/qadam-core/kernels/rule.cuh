@@ -5,7 +5,7 @@
 
 // As `launch::Hyper` on the host lays it out.
 struct Hyper {
-    double lr, beta1, beta2, eps, weight_decay;
+    double lr, beta1, beta2, eps, weight_decay, max_unorm;
     u64 lr_address; // of an f32 that replaces `lr`, or 0
     u64 grad_scale; // of an f32 that gradients are divided by, or 0
     u64 found_inf;  // of an f32 that is not 0 if the step is not to be taken, or 0
@@ -21,7 +21,12 @@ struct Hyper {
 
 struct Coefficients {
     float w1, w2, step, eps, l2, shrink;
-    bool propagate, skip_zeros;
+    u32 flags;
+
+    static const u32 PROPAGATE = 1, SKIP_ZEROS = 2;
+
+    __device__ __forceinline__ bool propagate() const { return flags & PROPAGATE; }
+    __device__ __forceinline__ bool skip_zeros() const { return flags & SKIP_ZEROS; }
 };
 
 // Square-and-multiply, as on the host.
@@ -44,10 +49,20 @@ __device__ __forceinline__ float factor(const Hyper& h) {
     return h.maximize ? -factor : factor;
 }
 
+// What corrects the moments' bias.
+struct Correction {
+    double c1, root_c2;
+
+    __device__ __forceinline__ Correction(const Hyper& h, u64 t) {
+        c1 = __dadd_rn(1.0, -power(h.beta1, t));
+        root_c2 = __dsqrt_rn(__dadd_rn(1.0, -power(h.beta2, t)));
+    }
+};
+
 __device__ __forceinline__ Coefficients coefficients(const Hyper& h, u64 t) {
     double lr = h.lr_address != 0 ? (double)*(const float*)h.lr_address : h.lr;
-    double c1 = __dadd_rn(1.0, -power(h.beta1, t));
-    double root_c2 = __dsqrt_rn(__dadd_rn(1.0, -power(h.beta2, t)));
+    Correction correction(h, t);
+    double c1 = correction.c1, root_c2 = correction.root_c2;
     Coefficients c;
     c.w1 = __double2float_rn(__dadd_rn(1.0, -h.beta1));
     c.w2 = __double2float_rn(__dadd_rn(1.0, -h.beta2));
@@ -55,8 +70,7 @@ __device__ __forceinline__ Coefficients coefficients(const Hyper& h, u64 t) {
     c.eps = __double2float_rn(__dmul_rn(h.eps, root_c2));
     c.l2 = h.decoupled ? 0.0f : __double2float_rn(h.weight_decay);
     c.shrink = h.decoupled ? __double2float_rn(__dmul_rn(lr, h.weight_decay)) : 0.0f;
-    c.propagate = h.propagate != 0;
-    c.skip_zeros = h.skip_zeros != 0;
+    c.flags = h.propagate | h.skip_zeros << 1;
     return c;
 }
 
@@ -85,10 +99,15 @@ __device__ __forceinline__ void average(float& m, float& v, float g, const Coeff
     v = __fmaf_rn(c.w2, __fmul_rn(g, g), __fmaf_rn(-c.w2, v, v));
 }
 
-// The parameter after a step, by the new first moment and the second moment that divides it.
+// What `c.step` multiplies, of the new first moment and the second moment that divides it.
+__device__ __forceinline__ float direction(float m, float v, const Coefficients& c) {
+    return __fdiv_rn(m, __fadd_rn(__fsqrt_rn(v), c.eps));
+}
+
+// The parameter after a step.
 __device__ __forceinline__ float moved(float p, float m, float v, const Coefficients& c) {
     p = c.shrink == 0.0f ? p : __fmaf_rn(-c.shrink, p, p);
-    return __fmaf_rn(-c.step, __fdiv_rn(m, __fadd_rn(__fsqrt_rn(v), c.eps)), p);
+    return __fmaf_rn(-c.step, direction(m, v, c), p);
 }
 
 // `maximum` of rule.rs.
@@ -111,6 +130,6 @@ __device__ __forceinline__ Element advance(const Element& e, float g, const Coef
 __device__ __forceinline__ bool update(Element& e, float g, const Coefficients& c) {
     bool finite = is_finite(g);
     if (finite) g = clamped(g);
-    if (finite || c.propagate) e = canonical(advance(e, g, c));
+    if (finite || c.propagate()) e = canonical(advance(e, g, c));
     return finite;
 }

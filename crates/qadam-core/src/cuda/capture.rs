@@ -11,7 +11,7 @@ use cudarc::driver::sys::CUstream;
 
 use super::driver::Context;
 use super::memory::{DeviceMemory, Pinned};
-use super::plan::Plan;
+use super::plan::{Plan, Room};
 use super::work::Work;
 use crate::error::{Error, Result};
 
@@ -20,6 +20,12 @@ use crate::error::{Error, Result};
 struct Pair {
     table: DeviceMemory,
     staging: Pinned,
+}
+
+impl Pair {
+    const fn room(&self) -> Room {
+        Room { image: self.staging.bytes, device: self.table.bytes }
+    }
 }
 
 /// What captured steps use, and what the next ones will.
@@ -36,13 +42,14 @@ impl Captures {
         Self { context, spare: Vec::new(), frozen: Vec::new() }
     }
 
-    /// Sees to it that `count` steps whose tables take `bytes` can be captured. The context is
+    /// Sees to it that `count` steps whose tables take so much can be captured. The context is
     /// current, and no stream is being captured.
-    pub fn prepare(&mut self, bytes: usize, count: usize) -> Result<()> {
-        let fitting = |pair: &Pair| pair.table.bytes >= bytes;
+    pub fn prepare(&mut self, room: Room, count: usize) -> Result<()> {
+        let Room { image, device } = room;
+        let fitting = |pair: &Pair| pair.room().holds(room);
         while self.spare.iter().filter(|pair| fitting(pair)).count() < count {
-            let table = DeviceMemory::new(self.context, bytes, "the table of a captured step")?;
-            let staging = Pinned::new(self.context, bytes, "a captured step")?;
+            let table = DeviceMemory::new(self.context, device, "the table of a captured step")?;
+            let staging = Pinned::new(self.context, image, "a captured step")?;
             // A smaller spare was never used, and would not be.
             self.spare.retain(fitting);
             self.spare.push(Pair { table, staging });
@@ -61,7 +68,7 @@ impl Captures {
     /// # Safety
     /// The context is current and `stream` is one of its streams, being captured.
     pub unsafe fn upload(&mut self, plan: &Plan, nonfinite: u64, stream: CUstream) -> Result<u64> {
-        let bytes = plan.bytes();
+        let bytes = plan.room().image;
         let index = match self.frozen.iter().position(|(old, _)| plan.changed(old).is_empty()) {
             Some(index) => index,
             None => self.freeze(plan, nonfinite)?,
@@ -78,12 +85,14 @@ impl Captures {
 
     /// Fills a spare pair, for good.
     fn freeze(&mut self, plan: &Plan, nonfinite: u64) -> Result<usize> {
-        let bytes = plan.bytes();
-        let fits = |pair: &Pair| pair.table.bytes >= bytes;
+        let room = plan.room();
+        let bytes = room.image;
+        let fits = |pair: &Pair| pair.room().holds(room);
         let Some(index) = self.spare.iter().position(fits) else {
             let reason = format!(
-                "no memory is ready for its table of {bytes} bytes; run a step with the same \
-                 tensors before each captured step, or reserve memory for several"
+                "no memory is ready for its table of {} bytes; run a step with the same \
+                 tensors before each captured step, or reserve memory for several",
+                room.device
             );
             return Err(Error::Capture { reason });
         };

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::ffi::c_void;
+use std::ops::Range;
 use std::ptr::{null_mut, without_provenance_mut};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,8 +11,10 @@ use cudarc::driver::sys::{CUfunction, CUstream};
 use super::capture::Captures;
 use super::driver::Context;
 use super::memory::{DeviceMemory, Event, Pinned};
-use super::plan::{DeviceStep, Plan};
+use super::plan::{Plan, Purpose, Room};
+use super::request::DeviceStep;
 use super::staging::Ring;
+use super::table::FOUND;
 use super::work::Work;
 use crate::error::{Error, Result};
 
@@ -73,14 +76,34 @@ impl Tables {
     fn work(&self) -> Work {
         Work { device: self.device.bytes, host: self.ring.bytes() }
     }
+
+    const fn room(&self) -> Room {
+        Room { image: self.ring.slot(), device: self.device.bytes }
+    }
 }
+
+/// Kernels to be launched one after the other, each over so many blocks.
+pub(super) type Launches = [Option<(CUfunction, u32)>; 2];
 
 /// A step that only has to be launched.
 #[derive(Debug)]
 pub(super) struct Ready {
-    function: CUfunction,
     table: u64,
-    blocks: u32,
+    launches: Launches,
+    found: Range<usize>,
+}
+
+impl Ready {
+    /// Where the kernels put what they find of each tensor.
+    pub fn found(&self) -> Vec<u64> {
+        self.found.clone().step_by(FOUND).map(|offset| self.table + offset as u64).collect()
+    }
+}
+
+/// The room to take where `room` is needed and there is `have`.
+fn enough(room: Room, have: Room) -> Room {
+    let grown = |bytes, have: usize| if bytes > have { capacity(bytes, have) } else { have };
+    Room { image: grown(room.image, have.image), device: grown(room.device, have.device) }
 }
 
 /// How many bytes to allocate where `bytes` are needed and there are `have`: old tables are kept
@@ -116,7 +139,8 @@ impl Launcher {
         })
     }
 
-    /// One launch for all of `steps` on `stream` (a `CUstream` as an integer).
+    /// One launch for all of `steps` on `stream` (a `CUstream` as an integer); two where something has
+    /// to be known of a whole tensor first ([`Hyper::max_unorm`](crate::Hyper), or one scale a moment).
     ///
     /// # Errors
     /// [`Error::Address`], [`Error::Dimensions`], [`Error::Hyperparameter`], [`Error::Capture`],
@@ -138,12 +162,12 @@ impl Launcher {
         if steps.is_empty() {
             return Ok(());
         }
-        let blocks = self.plan(steps.iter().enumerate())?;
+        let launches = self.plan(steps.iter().enumerate(), Purpose::Step)?;
         let _current = self.context.enter()?;
         // SAFETY: the context is current, the stream valid by contract, which holds for the steps.
         unsafe {
             let capturing = self.context.is_capturing(handle(stream))?;
-            let ready = self.prepare(blocks, stream, capturing)?;
+            let ready = self.prepare(launches, stream, capturing)?;
             self.start(&ready, stream)
         }
     }
@@ -152,14 +176,14 @@ impl Launcher {
     ///
     /// # Safety
     /// The context is current, `stream` is one of its streams, and is being captured or not as
-    /// said; `blocks` is what the last plan gave.
+    /// said; `launches` is what the last plan gave.
     pub(super) unsafe fn prepare(
         &mut self,
-        blocks: u32,
+        launches: Launches,
         stream: u64,
         capturing: bool,
     ) -> Result<Ready> {
-        let function = self.context.kernels()?.step;
+        let found = self.next.found();
         // SAFETY: by contract.
         let table = unsafe {
             if capturing {
@@ -169,18 +193,21 @@ impl Launcher {
                 self.upload(stream)?
             }
         };
-        Ok(Ready { function, table, blocks })
+        Ok(Ready { table, launches, found })
     }
 
-    /// Launches what was prepared.
+    /// Launches what was prepared. If one launch fails, those before it have written nothing but what is
+    /// the table's.
     ///
     /// # Safety
     /// The context is current, nothing was prepared since on this launcher, and [`Launcher::step`]'s
     /// contract holds for the steps and `stream`, the stream of the preparation.
     pub(super) unsafe fn start(&self, ready: &Ready, stream: u64) -> Result<()> {
-        let Ready { function, table, blocks } = *ready;
-        // SAFETY: the kernel takes the address of a table, uploaded before it on this stream.
-        unsafe { self.launch(function, blocks, &mut [table], handle(stream)) }
+        for (function, blocks) in ready.launches.into_iter().flatten() {
+            // SAFETY: the kernel takes the address of a table, uploaded before it on this stream.
+            unsafe { self.launch(function, blocks, &mut [ready.table], handle(stream)) }?;
+        }
+        Ok(())
     }
 
     /// Non-finite gradient elements so far, as far as the device has got.
@@ -209,8 +236,7 @@ impl Launcher {
         if steps.is_empty() {
             return Ok(None);
         }
-        let blocks = self.plan(steps.iter().enumerate())?;
-        let count = self.context.kernels()?.count;
+        let [_, launch] = self.plan(steps.iter().enumerate(), Purpose::Count)?;
         let _current = self.context.enter()?;
         let stream_handle = handle(stream);
         // SAFETY: the context is current, the stream valid by contract.
@@ -224,7 +250,11 @@ impl Launcher {
         let counts = self.zero_counts(steps.len())?;
         // SAFETY: `count` takes the addresses of a table and of a u64 for each of its tensors.
         let done = unsafe {
-            self.launch(count, blocks, &mut [table, counts.device], stream_handle).and_then(|()| {
+            let arguments = &mut [table, counts.device];
+            let launched = launch.map_or(Ok(()), |(count, blocks)| {
+                self.launch(count, blocks, arguments, stream_handle)
+            });
+            launched.and_then(|()| {
                 let code = (self.context.driver.api.cuStreamSynchronize)(stream_handle);
                 self.context.check(code, || "waiting for the count of non-finite values".to_owned())
             })
@@ -246,18 +276,19 @@ impl Launcher {
     /// # Errors
     /// As [`Launcher::step`].
     pub fn reserve(&mut self, steps: &[DeviceStep], count: usize) -> Result<()> {
-        self.reserve_for(steps.iter().enumerate(), count)
+        self.reserve_for(steps.iter().enumerate(), Purpose::Reserve, count)
     }
 
     /// [`Launcher::reserve`] for steps with the numbers that errors name them by.
     pub(super) fn reserve_for<'a>(
         &mut self,
         steps: impl Iterator<Item = (usize, &'a DeviceStep)>,
+        purpose: Purpose<'_>,
         count: usize,
     ) -> Result<()> {
-        self.plan(steps)?;
+        self.plan(steps, purpose)?;
         let _current = self.context.enter()?;
-        self.captures.prepare(capacity(self.next.bytes(), 0), count)
+        self.captures.prepare(enough(self.next.room(), Room::default()), count)
     }
 
     /// How much memory this launcher holds.
@@ -275,17 +306,31 @@ impl Launcher {
         self.retired.push(Retired { work, _memory: Box::new(memory) });
     }
 
-    /// Checks `steps`, makes the plan for them, and says over how many blocks to launch.
+    /// Checks `steps`, makes the plan for them, and says what to launch.
     pub(super) fn plan<'a>(
         &mut self,
         steps: impl Iterator<Item = (usize, &'a DeviceStep)>,
-    ) -> Result<u32> {
+        purpose: Purpose<'_>,
+    ) -> Result<Launches> {
         match &self.uploaded {
-            Some(uploaded) => self.next.fill(steps, uploaded)?,
-            None => self.next.fill(steps, &Plan::default())?,
+            Some(uploaded) => self.next.fill(steps, purpose, uploaded)?,
+            None => self.next.fill(steps, purpose, &Plan::default())?,
         }
         // More than the driver takes is refused by it.
-        Ok(u32::try_from(self.next.chunk_count().div_ceil(WARPS)).unwrap_or(u32::MAX))
+        let blocks = |warps: usize| u32::try_from(warps.div_ceil(WARPS)).unwrap_or(u32::MAX);
+        let (kernels, chunks) = (self.context.kernels()?, blocks(self.next.chunk_count()));
+        let some = |function, blocks| (blocks > 0).then_some((function, blocks));
+        Ok(match purpose {
+            Purpose::Step | Purpose::Reserve => {
+                let measure = some(kernels.measure, chunks).filter(|_| self.next.measures());
+                [measure, some(kernels.step, chunks)]
+            }
+            Purpose::Count => [None, some(kernels.count, chunks)],
+            Purpose::Clip(_) => {
+                let tensors = blocks(self.next.tensor_count().max(1)); // the first writes the norm
+                [some(kernels.squares, chunks), some(kernels.cut, tensors)]
+            }
+        })
     }
 
     /// Sees to it that the table on the device is `self.next` for what `stream` does next, and
@@ -303,7 +348,7 @@ impl Launcher {
         };
         let changed = match &self.uploaded {
             Some(uploaded) => self.next.changed(uploaded),
-            None => 0..self.next.bytes(),
+            None => 0..self.next.room().image,
         };
         if changed.is_empty() {
             return Ok(device.address);
@@ -323,25 +368,27 @@ impl Launcher {
 
     /// Allocates what the next upload needs.
     fn make_room(&mut self) -> Result<()> {
-        let bytes = self.next.bytes();
-        let have = self.tables.as_ref().map_or(0, |tables| tables.device.bytes);
-        if bytes > have {
-            let bytes = capacity(bytes, have);
-            let device = DeviceMemory::new(self.context, bytes, "the tensor table")?;
-            let ring = Ring::new(self.context, bytes)?;
+        let room = self.next.room();
+        let have = self.tables.as_ref().map_or_else(Room::default, Tables::room);
+        if !have.holds(room) {
+            let Room { image, device } = enough(room, have);
+            let device = DeviceMemory::new(self.context, device, "the tensor table")?;
+            let ring = Ring::new(self.context, image)?;
             self.uploaded = None;
             if let Some(old) = self.tables.replace(Tables { device, ring }) {
                 self.retire(old.work(), old);
             }
         }
-        if let Some(Tables { device, ring }) = &mut self.tables {
+        if let Some(tables) = &mut self.tables {
+            let room = tables.room();
+            let ring = &mut tables.ring;
             if ring.is_lost() {
-                let fresh = Ring::new(self.context, device.bytes)?;
+                let fresh = Ring::new(self.context, room.image)?;
                 let lost = std::mem::replace(ring, fresh);
                 let work = Work { device: 0, host: lost.bytes() };
                 self.retired.push(Retired { work, _memory: Box::new(lost) });
             }
-            self.captures.prepare(device.bytes, 1)?;
+            self.captures.prepare(room, 1)?;
         }
         Ok(())
     }

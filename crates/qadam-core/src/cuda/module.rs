@@ -21,6 +21,12 @@ pub(super) struct Kernels {
     pub step: CUfunction,
     /// `qadam_count(const Table*, u64* counts)`.
     pub count: CUfunction,
+    /// `qadam_measure(const Table*)`, before `step` where a tensor asks for it.
+    pub measure: CUfunction,
+    /// `qadam_squares(const Table*)`.
+    pub squares: CUfunction,
+    /// `qadam_cut(const Table*)`, behind `squares`.
+    pub cut: CUfunction,
 }
 
 /// The newest PTX that a device of this capability runs.
@@ -54,10 +60,16 @@ impl Kernels {
             context.check(code, || format!("looking for the kernel {name:?}"))?;
             Ok(function)
         };
-        let kernels = find(c"qadam_step").and_then(|step| {
-            let count = find(c"qadam_count")?;
-            Ok(Self { step, count })
-        });
+        let all = || {
+            Ok(Self {
+                step: find(c"qadam_step")?,
+                count: find(c"qadam_count")?,
+                measure: find(c"qadam_measure")?,
+                squares: find(c"qadam_squares")?,
+                cut: find(c"qadam_cut")?,
+            })
+        };
+        let kernels = all();
         if kernels.is_err() {
             // SAFETY: loaded above, and nothing refers to it.
             let _ = unsafe { (context.driver.api.cuModuleUnload)(module) };

@@ -4,136 +4,37 @@ use std::mem::size_of;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::request::{DeviceClip, DeviceState, DeviceStep};
 use super::table::{
-    Access, Chunk, DIMS, Grad, Hyper as DeviceHyper, Strides, Table, Tensor, bytes,
+    Access, Chunk, Clip, DIMS, FOUND, Grad, Hyper as DeviceHyper, Strides, Table, Tally, Tensor,
+    bytes, flag,
 };
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::Walk;
+use crate::norm::CHUNK;
 use crate::rule::{Decay, Hyper, NonFinite};
-use crate::state::{StateCode, StateFormat};
 
-/// Device addresses of one moment in an 8-bit code.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DeviceCoded {
-    /// Codes.
-    pub code: u64,
-    /// Scales.
-    pub scale: u64,
-}
-
-/// Device addresses of a parameter's state, each a multiple of 16, as long as
-/// [`StateFormat::buffers`] says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DeviceState {
-    /// [`StateCode::F32`].
-    F32 {
-        /// First moments.
-        m: u64,
-        /// Second moments.
-        v: u64,
-        /// Largest second moments so far, by which the update divides (`AMSGrad`).
-        max_v: Option<u64>,
-    },
-    /// [`StateCode::Dynamic8`].
-    Dynamic8 {
-        /// First moments.
-        m: DeviceCoded,
-        /// Second moments.
-        v: DeviceCoded,
-        /// Largest second moments so far, by which the update divides (`AMSGrad`).
-        max_v: Option<DeviceCoded>,
-    },
-}
-
-impl DeviceState {
-    /// The state of this format whose buffers are at `addresses`, in [`StateFormat::buffers`]'
-    /// order; `None` unless there are as many as that says.
-    pub fn from_buffers(
-        format: StateFormat,
-        addresses: impl IntoIterator<Item = u64>,
-    ) -> Option<Self> {
-        let mut rest = addresses.into_iter();
-        let state = match format.code {
-            StateCode::F32 => {
-                let (m, v) = (rest.next()?, rest.next()?);
-                let max_v = if format.amsgrad { Some(rest.next()?) } else { None };
-                Self::F32 { m, v, max_v }
-            }
-            StateCode::Dynamic8 => {
-                let mut next = || Some(DeviceCoded { code: rest.next()?, scale: rest.next()? });
-                let (m, v) = (next()?, next()?);
-                let max_v = if format.amsgrad { Some(next()?) } else { None };
-                Self::Dynamic8 { m, v, max_v }
-            }
-        };
-        rest.next().is_none().then_some(state)
-    }
-
-    /// Address and bytes of each buffer for `len` elements; those that the format lacks are at 0.
-    fn buffers(self, len: u64) -> [(u64, u64); 6] {
-        const NONE: (u64, u64) = (0, 0);
-        match self {
-            Self::F32 { m, v, max_v } => {
-                let values = |address| (address, 4 * len);
-                [values(m), values(v), max_v.map_or(NONE, values), NONE, NONE, NONE]
-            }
-            Self::Dynamic8 { m, v, max_v } => {
-                let codes = |coded: DeviceCoded| (coded.code, len);
-                let scales = |coded: DeviceCoded| (coded.scale, 4 * len.div_ceil(BLOCK));
-                let (max_codes, max_scales) =
-                    (max_v.map_or(NONE, codes), max_v.map_or(NONE, scales));
-                [codes(m), scales(m), codes(v), scales(v), max_codes, max_scales]
-            }
-        }
-    }
-}
-
-/// The update of one parameter on a device.
-#[derive(Debug, Clone)]
-pub struct DeviceStep {
-    /// Device address of the parameter's first element.
-    pub param: u64,
-    /// The parameter's element type.
-    pub param_dtype: DType,
-    /// Device address of the gradient's first element. 0 leaves the parameter, its state and its
-    /// step count as they are; for a parameter without elements any address will do.
-    pub grad: u64,
-    /// The gradient's element type.
-    pub grad_dtype: DType,
-    /// Where the elements of both lie.
-    pub walk: Walk,
-    /// The moments.
-    pub state: DeviceState,
-    /// Device address of an f32: how many steps the parameter has had. The device adds 1.
-    pub step: u64,
-    /// Hyperparameters of this step.
-    pub hyper: Hyper,
-    /// Device address of an f32 that is read in place of `hyper.lr` when the step runs, so that a
-    /// replayed graph follows it.
-    pub lr_address: Option<u64>,
-    /// Device address of an f32, the scale of the loss, by which gradients are divided when the step
-    /// runs: as [`Coefficients::with_grad_scale`](crate::rule::Coefficients::with_grad_scale) does.
-    pub grad_scale: Option<u64>,
-    /// Device address of an f32. If it is not 0 when the step runs, the parameter, its state and its
-    /// step count stay as they are, and its non-finite gradients are not counted.
-    pub found_inf: Option<u64>,
-}
-
-impl DeviceStep {
-    /// Address and bytes of each buffer of the state; those that the format lacks have no bytes.
-    pub(super) fn buffers(&self) -> [(u64, u64); 6] {
-        self.state.buffers(self.walk.len() as u64)
-    }
-}
-
-/// Blocks of a chunk begin where those of the 8-bit code do.
-const BLOCK: u64 = 256;
+/// Elements whose squares a warp adds up at a time, and sums that are added up in turn: a segment.
+const FOLD: u64 = CHUNK as u64;
 
 /// Where the kernels count warps that are done, in the table: behind its head.
 const ARRIVED: usize = size_of::<Table>();
 /// The head's size.
 const HEAD: usize = 128;
+
+/// What a table is for.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Purpose<'a> {
+    /// Updating parameters.
+    Step,
+    /// The same, later: to know how much memory that takes.
+    Reserve,
+    /// Counting gradients that are not finite.
+    Count,
+    /// Measuring gradients, so that they can be cut.
+    Clip(&'a DeviceClip),
+}
 
 /// Contents of a table, but for addresses within the table itself.
 #[derive(Debug, Clone, Default)]
@@ -141,18 +42,51 @@ pub(super) struct Plan {
     hypers: Vec<DeviceHyper>,
     /// `strides` is an index into `self.strides`.
     grads: Vec<Grad>,
+    /// One, where gradients are to be cut.
+    clip: Vec<Clip>,
     strides: Vec<Strides>,
     tensors: Vec<Tensor>,
+    /// One a tensor, where any is to be measured.
+    tallies: Vec<Tally>,
+    /// Counters, 0 all of them.
+    segments: Vec<u32>,
     chunks: Arc<Vec<Chunk>>,
+    /// How many folds there are to add up.
+    folds: usize,
 }
 
-/// Where the parts of a table are, in bytes. What changes often comes first and together.
+/// Where the parts of a table are, in bytes. What changes often comes first and together; what the
+/// kernels alone write and read comes last, and is not uploaded.
+#[derive(PartialEq, Eq)]
 struct Layout {
     hypers: Range<usize>,
     grads: Range<usize>,
+    clip: Range<usize>,
     strides: Range<usize>,
     tensors: Range<usize>,
+    tallies: Range<usize>,
+    segments: Range<usize>,
     chunks: Range<usize>,
+    sums: Range<usize>,
+    nodes: Range<usize>,
+    found: Range<usize>,
+    squares: Range<usize>,
+}
+
+/// How much memory a table takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Room {
+    /// Bytes that are uploaded.
+    pub image: usize,
+    /// Bytes on the device, the same and what the kernels need beside them.
+    pub device: usize,
+}
+
+impl Room {
+    /// Whether this is enough for `other`.
+    pub const fn holds(self, other: Self) -> bool {
+        self.image >= other.image && self.device >= other.device
+    }
 }
 
 impl Plan {
@@ -164,19 +98,55 @@ impl Plan {
     pub fn fill<'a>(
         &mut self,
         steps: impl Iterator<Item = (usize, &'a DeviceStep)>,
+        purpose: Purpose<'_>,
         before: &Self,
     ) -> Result<()> {
         self.hypers.clear();
         self.grads.clear();
+        self.clip.clear();
         self.strides.clear();
         self.tensors.clear();
+        self.tallies.clear();
+        self.folds = 0;
+        let (mut segments, mut is_measured) = (0, false);
+        if let Purpose::Clip(clip) = purpose {
+            clip.check()?;
+            self.clip.push(Clip {
+                max_norm: clip.max_norm.unwrap_or(0.0),
+                norm: clip.norm.unwrap_or(0),
+                is_limited: clip.max_norm.is_some().into(),
+                unused: 0,
+            });
+            is_measured = true;
+        }
         for (index, step) in steps {
-            check_addresses(index, step)?;
+            step.check(index, matches!(purpose, Purpose::Step))?;
             let hyper = self.hyper(step)?;
             let grad = self.grad(index, step)?;
             self.grads.push(grad);
-            self.tensors.push(tensor(step, hyper));
+            let mut tensor = tensor(step, hyper);
+            let counts = match purpose {
+                Purpose::Step | Purpose::Reserve => step.is_to_measure(),
+                Purpose::Count => false,
+                Purpose::Clip(_) => true,
+            };
+            let (fold, segment) = (self.folds as u32, segments as u32); // of 2^44 elements in all
+            let (arrived, keeps, largest, unused) = (0, 0, [0; 3], 0);
+            self.tallies.push(Tally { fold, segment, arrived, keeps, largest, unused });
+            if counts {
+                let folds = step.walk.len().div_ceil(CHUNK);
+                self.folds += folds;
+                segments += folds.div_ceil(CHUNK);
+                tensor.flags |= flag::MEASURED;
+                is_measured = true;
+            }
+            self.tensors.push(tensor);
         }
+        if !is_measured {
+            self.tallies.clear();
+        }
+        self.segments.clear();
+        self.segments.resize(segments.next_multiple_of(2), 0); // so that what follows is aligned
         self.chunks = if self.lengths().eq(before.lengths()) {
             Arc::clone(&before.chunks)
         } else {
@@ -201,7 +171,7 @@ impl Plan {
             nonfinite,
             maximize,
             skip_zeros,
-            ..
+            max_unorm,
         } = step.hyper;
         let hyper = DeviceHyper {
             lr,
@@ -209,6 +179,7 @@ impl Plan {
             beta2,
             eps,
             weight_decay,
+            max_unorm,
             lr_address: step.lr_address.unwrap_or(0),
             grad_scale: step.grad_scale.unwrap_or(0),
             found_inf: step.found_inf.unwrap_or(0),
@@ -231,8 +202,8 @@ impl Plan {
     }
 
     fn grad(&mut self, index: usize, step: &DeviceStep) -> Result<Grad> {
-        let guarded = u32::from(step.found_inf.is_some());
-        let mut grad = Grad { address: step.grad, strides: 0, access: 0, guarded };
+        let (cut, guarded) = (step.cut.unwrap_or(0), u32::from(step.found_inf.is_some()));
+        let mut grad = Grad { address: step.grad, strides: 0, cut, access: 0, guarded };
         let access = if step.walk.is_flat() {
             let vector =
                 |address: u64, dtype: DType| address.is_multiple_of(4 * dtype.size() as u64);
@@ -255,15 +226,56 @@ impl Plan {
         let after = |start: usize, bytes: &[u8]| start..start + bytes.len();
         let hypers = after(HEAD, bytes(&self.hypers));
         let grads = after(hypers.end, bytes(&self.grads));
-        let strides = after(grads.end, bytes(&self.strides));
+        let clip = after(grads.end, bytes(&self.clip));
+        let strides = after(clip.end, bytes(&self.strides));
         let tensors = after(strides.end, bytes(&self.tensors));
-        let chunks = after(tensors.end, bytes(&self.chunks));
-        Layout { hypers, grads, strides, tensors, chunks }
+        let tallies = after(tensors.end, bytes(&self.tallies));
+        let segments = after(tallies.end, bytes(&self.segments));
+        let chunks = after(segments.end, bytes(&self.chunks));
+        // of a gradient's elements, or of a parameter's and of its update's
+        let beside = if self.clip.is_empty() { 2 } else { 1 };
+        let room = |start: usize, bytes: usize| start..start + bytes;
+        let sums = room(chunks.end.next_multiple_of(16), 8 * beside * self.folds);
+        let nodes = room(sums.end, 8 * beside * self.segments.len());
+        let found = room(nodes.end.next_multiple_of(FOUND), FOUND * self.tallies.len());
+        let tensors_of_clip = if self.clip.is_empty() { 0 } else { self.tensors.len() };
+        let squares = tensors_of_clip + tensors_of_clip.div_ceil(CHUNK);
+        let squares = room(found.end, 8 * squares);
+        Layout {
+            hypers,
+            grads,
+            clip,
+            strides,
+            tensors,
+            tallies,
+            segments,
+            chunks,
+            sums,
+            nodes,
+            found,
+            squares,
+        }
     }
 
-    /// How many bytes the table takes.
-    pub fn bytes(&self) -> usize {
-        self.layout().chunks.end
+    /// How much memory the table takes.
+    pub fn room(&self) -> Room {
+        let layout = self.layout();
+        Room { image: layout.chunks.end, device: layout.squares.end }
+    }
+
+    /// Where in the table the kernels put what they find of the tensors, [`FOUND`] bytes each.
+    pub fn found(&self) -> Range<usize> {
+        self.layout().found
+    }
+
+    /// Whether a tensor is to be measured before it is stepped.
+    pub fn measures(&self) -> bool {
+        self.clip.is_empty() && !self.tallies.is_empty()
+    }
+
+    /// How many tensors there are.
+    pub fn tensor_count(&self) -> usize {
+        self.tensors.len()
     }
 
     /// How many chunks there are.
@@ -274,9 +286,8 @@ impl Plan {
     /// The bytes of a table that has `before`'s contents which have to be written; empty if none.
     pub fn changed(&self, before: &Self) -> Range<usize> {
         let (layout, old) = (self.layout(), before.layout());
-        if self.parts(&layout).map(|(range, _)| range) != before.parts(&old).map(|(range, _)| range)
-        {
-            return 0..self.bytes();
+        if layout != old {
+            return 0..self.room().image;
         }
         let mut changed = 0..0;
         for ((range, new), (_, old)) in self.parts(&layout).into_iter().zip(before.parts(&old)) {
@@ -288,12 +299,16 @@ impl Plan {
         changed
     }
 
-    fn parts(&self, layout: &Layout) -> [(Range<usize>, &[u8]); 5] {
+    /// What is uploaded.
+    fn parts(&self, layout: &Layout) -> [(Range<usize>, &[u8]); 8] {
         [
             (layout.hypers.clone(), bytes(&self.hypers)),
             (layout.grads.clone(), bytes(&self.grads)),
+            (layout.clip.clone(), bytes(&self.clip)),
             (layout.strides.clone(), bytes(&self.strides)),
             (layout.tensors.clone(), bytes(&self.tensors)),
+            (layout.tallies.clone(), bytes(&self.tallies)),
+            (layout.segments.clone(), bytes(&self.segments)),
             (layout.chunks.clone(), bytes(&self.chunks)),
         ]
     }
@@ -311,6 +326,13 @@ impl Plan {
                 hypers: at(&layout.hypers),
                 nonfinite,
                 arrived: base + ARRIVED as u64,
+                tallies: at(&layout.tallies),
+                segments: at(&layout.segments),
+                sums: at(&layout.sums),
+                nodes: at(&layout.nodes),
+                found: at(&layout.found),
+                squares: at(&layout.squares),
+                clip: at(&layout.clip),
                 chunk_count: self.chunks.len() as u64,
                 tensor_count: self.tensors.len() as u64,
             };
@@ -343,13 +365,16 @@ fn tensor(step: &DeviceStep, hyper: u32) -> Tensor {
         DType::F16 => 2,
     };
     let buffers = step.buffers().map(|(address, _)| address);
-    let (is_8bit, [m, v, max_v, m_scale, v_scale, max_v_scale]) = match step.state {
+    let (mut flags, [m, v, max_v, m_scale, v_scale, max_v_scale]) = match step.state {
         DeviceState::F32 { .. } => (0, buffers),
         DeviceState::Dynamic8 { .. } => {
             let [m, m_scale, v, v_scale, max_v, max_v_scale] = buffers;
-            (1, [m, v, max_v, m_scale, v_scale, max_v_scale])
+            (flag::IS_8BIT, [m, v, max_v, m_scale, v_scale, max_v_scale])
         }
     };
+    if step.has_one_scale() {
+        flags |= flag::ONE_SCALE;
+    }
     Tensor {
         param: step.param,
         m,
@@ -360,10 +385,12 @@ fn tensor(step: &DeviceStep, hyper: u32) -> Tensor {
         max_v_scale,
         step: step.step,
         len: step.walk.len() as u64,
+        history: step.percentile.map_or(0, |percentile| percentile.history),
         hyper,
         param_dtype: dtype(step.param_dtype),
         grad_dtype: dtype(step.grad_dtype),
-        is_8bit,
+        flags,
+        percentile: step.percentile.map_or(0, |percentile| percentile.percentile as u8), // checked
     }
 }
 
@@ -383,62 +410,26 @@ fn strides(index: usize, walk: &Walk) -> Result<Strides> {
     Ok(strides)
 }
 
-fn check_addresses(index: usize, step: &DeviceStep) -> Result<()> {
-    let check = |what, address: u64, accepted: u64| {
-        let fits = address != 0 && address.is_multiple_of(accepted);
-        if fits { Ok(()) } else { Err(Error::Address { what, index, address, accepted }) }
-    };
-    check("the step count", step.step, 4)?;
-    let read = [
-        ("the learning rate", step.lr_address),
-        ("the gradient scale", step.grad_scale),
-        ("found_inf", step.found_inf),
-    ];
-    for (what, address) in read {
-        if let Some(address) = address {
-            check(what, address, 4)?;
-        }
-    }
-    if step.walk.is_empty() {
-        return Ok(());
-    }
-    check("the parameter", step.param, step.param_dtype.size() as u64)?;
-    if step.grad != 0 {
-        check("the gradient", step.grad, step.grad_dtype.size() as u64)?;
-    }
-    let state = |address| check("the state", address, 16);
-    let coded = |moment: DeviceCoded| {
-        state(moment.code)?;
-        state(moment.scale)
-    };
-    match step.state {
-        DeviceState::F32 { m, v, max_v } => [m, v].into_iter().chain(max_v).try_for_each(state),
-        DeviceState::Dynamic8 { m, v, max_v } => {
-            [m, v].into_iter().chain(max_v).try_for_each(coded)
-        }
-    }
-}
-
 /// How long the chunks of a launch over `total` elements are: about 16 Ki of them, within bounds
-/// that keep both the table and the wait for the last warp short.
+/// that keep both the table and the wait for the last warp short, and whole folds.
 fn chunk_len(total: u64) -> u64 {
-    (total / (16 << 10)).next_multiple_of(BLOCK).clamp(4096, 65536)
+    (total / (16 << 10)).next_multiple_of(FOLD).clamp(FOLD, 65536)
 }
 
-/// Cuts tensors of these lengths into chunks; there is at least one, of no element if need be.
+/// Cuts tensors of these lengths into chunks, the first of which may have no element.
 fn chunks(lengths: impl Iterator<Item = u64> + Clone) -> Vec<Chunk> {
     let step = chunk_len(lengths.clone().fold(0, u64::saturating_add));
     let mut chunks = Vec::new();
-    for (tensor, len) in lengths.enumerate() {
+    for (tensor, total) in lengths.enumerate() {
         let mut start = 0;
-        while start < len {
-            let len = step.min(len - start) as u32; // at most 65536
+        loop {
+            let len = step.min(total - start) as u32; // at most 65536
             chunks.push(Chunk { start, len, tensor: tensor as u32 });
             start += step;
+            if start >= total {
+                break;
+            }
         }
-    }
-    if chunks.is_empty() {
-        chunks.push(Chunk { start: 0, len: 0, tensor: 0 });
     }
     chunks
 }
@@ -446,6 +437,7 @@ fn chunks(lengths: impl Iterator<Item = u64> + Clone) -> Vec<Chunk> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::{StateCode, StateFormat};
 
     fn step(param: u64, grad: u64, walk: Walk) -> DeviceStep {
         DeviceStep {
@@ -460,12 +452,14 @@ mod tests {
             lr_address: None,
             grad_scale: None,
             found_inf: None,
+            cut: None,
+            percentile: None,
         }
     }
 
     fn plan(steps: &[DeviceStep], before: &Plan) -> Plan {
         let mut plan = Plan::default();
-        plan.fill(steps.iter().enumerate(), before).unwrap();
+        plan.fill(steps.iter().enumerate(), Purpose::Step, before).unwrap();
         plan
     }
 
@@ -478,7 +472,7 @@ mod tests {
             let mut ends = vec![0; lengths.len()];
             for chunk in chunks.iter().filter(|chunk| chunk.len > 0) {
                 assert_eq!(chunk.start, ends[chunk.tensor as usize]);
-                assert!(chunk.start.is_multiple_of(256) && chunk.len <= 65536);
+                assert!(chunk.start.is_multiple_of(4096) && chunk.len <= 65536);
                 ends[chunk.tensor as usize] += u64::from(chunk.len);
             }
             assert_eq!(ends, lengths);
@@ -511,7 +505,7 @@ mod tests {
     fn only_what_changed_is_to_be_written() {
         let steps = [step(0x100, 0x200, Walk::flat(9000)), step(0x400, 0x600, Walk::flat(3))];
         let first = plan(&steps, &Plan::default());
-        assert_eq!(first.changed(&Plan::default()), 0..first.bytes());
+        assert_eq!(first.changed(&Plan::default()), 0..first.room().image);
         assert!(plan(&steps, &first).changed(&first).is_empty());
 
         let mut other = steps.clone();
@@ -524,16 +518,16 @@ mod tests {
         let both = first.layout().hypers.start..grads.end;
         assert_eq!(plan(&other, &first).changed(&first), both);
         other[0].walk = Walk::flat(9001);
-        assert_eq!(plan(&other, &first).changed(&first).end, first.bytes());
+        assert_eq!(plan(&other, &first).changed(&first).end, first.room().image);
         let fewer = plan(&steps[..1], &first);
-        assert_eq!(fewer.changed(&first), 0..fewer.bytes());
+        assert_eq!(fewer.changed(&first), 0..fewer.room().image);
     }
 
     #[test]
     fn what_the_kernels_cannot_use_is_refused() {
         let refused = |step: DeviceStep| {
             let steps = [(0, &step)].into_iter();
-            Plan::default().fill(steps, &Plan::default()).unwrap_err().to_string()
+            Plan::default().fill(steps, Purpose::Step, &Plan::default()).unwrap_err().to_string()
         };
         let good = || step(0x100, 0x200, Walk::flat(5));
         let with_state = |m, max_v| {

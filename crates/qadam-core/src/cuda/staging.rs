@@ -55,6 +55,11 @@ impl Ring {
         self.memory.bytes
     }
 
+    /// How long an upload may be.
+    pub const fn slot(&self) -> usize {
+        self.memory.bytes / SLOTS
+    }
+
     /// Whether no slot can be used any more.
     pub fn is_lost(&self) -> bool {
         self.slots.iter().all(|slot| slot.upload == Upload::Unknown)
@@ -92,11 +97,11 @@ impl Ring {
         Ok(index)
     }
 
-    /// Lets `fill` write an image of `to`, and enqueues the copy of its bytes `range`.
+    /// Lets `fill` write an image of `to`'s beginning, and enqueues the copy of its bytes `range`.
     ///
     /// # Safety
     /// The context is current, `stream` is one of its streams and is not being captured, `range`
-    /// lies within `to`, and no other work uses `to` meanwhile.
+    /// lies within `to` and a slot, and no other work uses `to` meanwhile.
     pub unsafe fn upload(
         &mut self,
         to: &DeviceMemory,
@@ -105,7 +110,7 @@ impl Ring {
         fill: impl FnOnce(&mut [u8]),
     ) -> Result<()> {
         let index = self.free()?;
-        let bytes = self.memory.bytes / SLOTS;
+        let bytes = self.slot();
         // SAFETY: slot `index` of the pinned memory, which is initialised; nothing reads it
         // (`free`), and `&mut self` lends it once.
         let image = unsafe {

@@ -2,9 +2,10 @@
 //! being updated.
 
 use super::driver::Context;
-use super::launch::{Launcher, Ready, handle};
-use super::plan::DeviceStep;
+use super::launch::{Launcher, Launches, Ready, handle};
+use super::plan::Purpose;
 use super::prefetch::{Ahead, Prefetch};
+use super::request::{DeviceClip, DeviceStep};
 use super::window::{Cut, Window};
 use super::work::Work;
 use crate::error::{Error, Result};
@@ -18,7 +19,7 @@ const WINDOW: usize = 256 << 20;
 ///
 /// Tensors whose state lies in no [`Arena`](crate::paging::managed::Arena) are stepped by one
 /// launch, as a [`Launcher`] does. The others follow in windows of up to 256 MiB of state, a launch
-/// each. While one is being updated the pages of the next are brought to the device, on a stream
+/// each (two, where something must be known of a whole tensor first). While one is being updated the pages of the next are brought to the device, on a stream
 /// beside the caller's; events join the two, and the host waits for neither. A stream that is being
 /// captured gets the launches only, and where the device has no concurrent managed access there is
 /// one launch for everything.
@@ -30,6 +31,8 @@ pub struct Stepper {
     rest: Launcher,
     /// One a window, as each has a table of its own, which stays as it is from step to step.
     windows: Vec<Launcher>,
+    /// Measures gradients, paged or not: made when that is first asked for.
+    clip: Option<Launcher>,
     /// Whether pages can be prefetched, when that was asked.
     concurrent: Option<bool>,
     /// Made by the first step that has a use for it. Dropped after the launchers, which wait for
@@ -58,6 +61,7 @@ impl Stepper {
             limit: bytes as u64,
             rest,
             windows: Vec::new(),
+            clip: None,
             concurrent: None,
             prefetch: None,
         })
@@ -107,6 +111,51 @@ impl Stepper {
         Ok(())
     }
 
+    /// Enqueues two launches on `stream` that find how the gradients of `steps` are to be cut: all
+    /// together to the norm that `clip` says, and each by its own [history](DeviceStep::percentile), as
+    /// [`clip::gradients`](crate::clip::gradients) does. Returns for each step what to put into
+    /// [`DeviceStep::cut`] before it is stepped.
+    ///
+    /// Gradients of address 0, and those of steps whose `found_inf` is not 0, count as 0; what is found
+    /// for them changes nothing. Whatever `cut` the steps have is not looked at.
+    ///
+    /// What is returned holds until the next call, on any stream. The steps belong behind this on the
+    /// same stream (in the same graph, if it is captured), all of them or some, in one step or several;
+    /// between them and this nothing may change the gradients, step counts and histories.
+    ///
+    /// # Errors
+    /// As [`Launcher::step`]; and [`Error::Hyperparameter`] for a `max_norm` that is negative or NaN.
+    /// After each, nothing but the norm may have been written.
+    ///
+    /// # Safety
+    /// As [`Launcher::step`]; parameters and their states are not used. `clip.norm` is the address of
+    /// device memory for an f32, which nothing else uses until the launches have run.
+    pub unsafe fn clip(
+        &mut self,
+        steps: &[DeviceStep],
+        clip: &DeviceClip,
+        stream: u64,
+    ) -> Result<Vec<u64>> {
+        if steps.is_empty() && clip.norm.is_none() {
+            return Ok(Vec::new());
+        }
+        let _current = self.context.enter()?;
+        // SAFETY: the context is current, the stream valid by contract.
+        let capturing = unsafe { self.context.is_capturing(handle(stream)) }?;
+        let launcher = match &mut self.clip {
+            Some(launcher) => launcher,
+            None if capturing => return Err(not_ready()),
+            none => none.insert(Launcher::new(self.context.ordinal)?),
+        };
+        let launches = launcher.plan(steps.iter().enumerate(), Purpose::Clip(clip))?;
+        // SAFETY: the context is current, the rest by contract.
+        unsafe {
+            let ready = launcher.prepare(launches, stream, capturing)?;
+            launcher.start(&ready, stream)?;
+            Ok(ready.found())
+        }
+    }
+
     /// Non-finite gradient elements so far, as far as the device has got.
     #[must_use]
     pub fn nonfinite(&self) -> u64 {
@@ -137,12 +186,29 @@ impl Stepper {
         let Some(cut) = self.cut(steps)? else { return self.rest.reserve(steps, count) };
         self.open(cut.windows.len(), false)?;
         if !cut.rest.is_empty() {
-            self.rest.reserve_for(pick(&cut.rest, steps), count)?;
+            self.rest.reserve_for(pick(&cut.rest, steps), Purpose::Reserve, count)?;
         }
         for (launcher, window) in self.windows.iter_mut().zip(&cut.windows) {
-            launcher.reserve_for(pick(&window.steps, steps), count)?;
+            launcher.reserve_for(pick(&window.steps, steps), Purpose::Reserve, count)?;
         }
         Ok(())
+    }
+
+    /// The same for capturing [`Stepper::clip`].
+    ///
+    /// # Errors
+    /// As [`Stepper::clip`].
+    pub fn reserve_clip(
+        &mut self,
+        steps: &[DeviceStep],
+        clip: &DeviceClip,
+        count: usize,
+    ) -> Result<()> {
+        let launcher = match &mut self.clip {
+            Some(launcher) => launcher,
+            none => none.insert(Launcher::new(self.context.ordinal)?),
+        };
+        launcher.reserve_for(steps.iter().enumerate(), Purpose::Clip(clip), count)
     }
 
     /// How much memory this stepper holds; state is not counted.
@@ -152,7 +218,7 @@ impl Stepper {
     }
 
     fn launchers(&self) -> impl Iterator<Item = &Launcher> {
-        std::iter::once(&self.rest).chain(&self.windows)
+        std::iter::once(&self.rest).chain(&self.windows).chain(&self.clip)
     }
 
     /// The windows of `steps`, if they are to be stepped in windows.
@@ -170,9 +236,7 @@ impl Stepper {
         if capturing {
             // Nothing may be allocated now.
             if self.windows.len() < windows {
-                let reason = "no memory is ready for its tables; run a step with the same tensors \
-                              before each captured step, or reserve memory for several";
-                return Err(Error::Capture { reason: reason.to_owned() });
+                return Err(not_ready());
             }
             return Ok(());
         }
@@ -200,24 +264,34 @@ impl Stepper {
     ) -> Result<(Option<Ready>, Vec<Ready>)> {
         let Cut { rest, windows } = cut;
         // All are planned, and thereby checked, before the stream is asked for anything.
-        let blocks = if rest.is_empty() { 0 } else { self.rest.plan(pick(rest, steps))? };
+        let launches = match rest.is_empty() {
+            true => None,
+            false => Some(self.rest.plan(pick(rest, steps), Purpose::Step)?),
+        };
         let plan = |(launcher, window): (&mut Launcher, &Window)| {
-            launcher.plan(pick(&window.steps, steps))
+            launcher.plan(pick(&window.steps, steps), Purpose::Step)
         };
         let each = self.windows.iter_mut().zip(windows).map(plan);
-        let each: Vec<u32> = each.collect::<Result<_>>()?;
+        let each: Vec<Launches> = each.collect::<Result<_>>()?;
         // SAFETY: by contract.
         unsafe {
-            let rest = if rest.is_empty() {
-                None
-            } else {
-                Some(self.rest.prepare(blocks, stream, capturing)?)
+            let rest = match launches {
+                None => None,
+                Some(launches) => Some(self.rest.prepare(launches, stream, capturing)?),
             };
             let ready = self.windows.iter_mut().zip(each);
-            let ready = ready.map(|(launcher, blocks)| launcher.prepare(blocks, stream, capturing));
+            let ready =
+                ready.map(|(launcher, launches)| launcher.prepare(launches, stream, capturing));
             Ok((rest, ready.collect::<Result<_>>()?))
         }
     }
+}
+
+/// The error of a capture for which there is no launcher yet.
+fn not_ready() -> Error {
+    let reason = "no memory is ready for its tables; run a step with the same tensors before each \
+                  captured step, or reserve memory for several";
+    Error::Capture { reason: reason.to_owned() }
 }
 
 /// The steps at these positions, with them.

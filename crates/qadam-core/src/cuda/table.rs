@@ -39,10 +39,22 @@ pub(super) struct Tensor {
     pub max_v_scale: u64,
     pub step: u64,
     pub len: u64,
+    pub history: u64,
     pub hyper: u32,
-    pub param_dtype: u32,
-    pub grad_dtype: u32,
-    pub is_8bit: u32,
+    pub param_dtype: u8,
+    pub grad_dtype: u8,
+    pub flags: u8,
+    pub percentile: u8,
+}
+
+/// Of a [`Tensor`] (`enum Flag`).
+pub(super) mod flag {
+    /// Moments are codes.
+    pub const IS_8BIT: u8 = 1;
+    /// Each moment has one scale for the whole tensor.
+    pub const ONE_SCALE: u8 = 2;
+    /// The tensor is measured before it is stepped.
+    pub const MEASURED: u8 = 4;
 }
 
 /// A gradient; address 0 skips the tensor.
@@ -51,6 +63,7 @@ pub(super) struct Tensor {
 pub(super) struct Grad {
     pub address: u64,
     pub strides: u64,
+    pub cut: u64,
     pub access: u32,
     pub guarded: u32,
 }
@@ -64,6 +77,31 @@ pub(super) struct Chunk {
     pub tensor: u32,
 }
 
+/// Where a tensor that is being measured has got to. All but the first two are 0 between launches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub(super) struct Tally {
+    pub fold: u32,
+    pub segment: u32,
+    pub arrived: u32,
+    pub keeps: u32,
+    pub largest: [u32; 3],
+    pub unused: u32,
+}
+
+/// What the kernels find of a tensor: a `Found`, or a `Cut`.
+pub(super) const FOUND: usize = 16;
+
+/// What gradients are cut to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[repr(C)]
+pub(super) struct Clip {
+    pub max_norm: f64,
+    pub norm: u64,
+    pub is_limited: u32,
+    pub unused: u32,
+}
+
 /// Hyperparameters.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[repr(C)]
@@ -73,6 +111,7 @@ pub(super) struct Hyper {
     pub beta2: f64,
     pub eps: f64,
     pub weight_decay: f64,
+    pub max_unorm: f64,
     pub lr_address: u64,
     pub grad_scale: u64,
     pub found_inf: u64,
@@ -92,6 +131,13 @@ pub(super) struct Table {
     pub hypers: u64,
     pub nonfinite: u64,
     pub arrived: u64,
+    pub tallies: u64,
+    pub segments: u64,
+    pub sums: u64,
+    pub nodes: u64,
+    pub found: u64,
+    pub squares: u64,
+    pub clip: u64,
     pub chunk_count: u64,
     pub tensor_count: u64,
 }
@@ -117,19 +163,25 @@ plain! {
     Strides { size: 0, param: 64, grad: 128 } 192
     Tensor {
         param: 0, m: 8, v: 16, m_scale: 24, v_scale: 32, max_v: 40, max_v_scale: 48, step: 56,
-        len: 64, hyper: 72, param_dtype: 76, grad_dtype: 80, is_8bit: 84
+        len: 64, history: 72, hyper: 80, param_dtype: 84, grad_dtype: 85, flags: 86, percentile: 87
     } 88
-    Grad { address: 0, strides: 8, access: 16, guarded: 20 } 24
+    Grad { address: 0, strides: 8, cut: 16, access: 24, guarded: 28 } 32
     Chunk { start: 0, len: 8, tensor: 12 } 16
+    Tally { fold: 0, segment: 4, arrived: 8, keeps: 12, largest: 16, unused: 28 } 32
+    Clip { max_norm: 0, norm: 8, is_limited: 16, unused: 20 } 24
     Hyper {
-        lr: 0, beta1: 8, beta2: 16, eps: 24, weight_decay: 32, lr_address: 40, grad_scale: 48,
-        found_inf: 56, decoupled: 64, propagate: 68, maximize: 72, skip_zeros: 76
-    } 80
+        lr: 0, beta1: 8, beta2: 16, eps: 24, weight_decay: 32, max_unorm: 40, lr_address: 48,
+        grad_scale: 56, found_inf: 64, decoupled: 72, propagate: 76, maximize: 80, skip_zeros: 84
+    } 88
     Table {
-        tensors: 0, grads: 8, chunks: 16, hypers: 24, nonfinite: 32, arrived: 40,
-        chunk_count: 48, tensor_count: 56
-    } 64
+        tensors: 0, grads: 8, chunks: 16, hypers: 24, nonfinite: 32, arrived: 40, tallies: 48,
+        segments: 56, sums: 64, nodes: 72, found: 80, squares: 88, clip: 96, chunk_count: 104,
+        tensor_count: 112
+    } 120
 }
+
+// SAFETY: a number.
+unsafe impl Plain for u32 {}
 
 /// The bytes of a list.
 pub(super) const fn bytes<T: Plain>(list: &[T]) -> &[u8] {

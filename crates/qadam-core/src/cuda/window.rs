@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::plan::DeviceStep;
+use super::request::DeviceStep;
 use crate::paging::HUGE;
 use crate::paging::managed::{self, Arena};
 

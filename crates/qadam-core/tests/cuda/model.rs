@@ -191,6 +191,8 @@ impl Param {
             lr_address: None,
             grad_scale: None,
             found_inf: None,
+            cut: None,
+            percentile: None,
         }
     }
 

@@ -5,7 +5,7 @@ use softgpu::memory::managed::Place;
 use softgpu::memory::{Kind, Memory};
 use softgpu::module::Module;
 
-use crate::layout::{Chunk, Grad, Hyper, Table, Tensor};
+use crate::layout::{Chunk, FOLD, Grad, Hyper, Table, Tally, Tensor};
 
 /// The files that ship, by the compute capability they are loaded on.
 pub const PTX: [(u32, &str); 2] = [
@@ -60,15 +60,15 @@ impl Gpu {
         out
     }
 
-    /// One launch, with all tables given anew; returns what was added to the non-finite count.
-    pub fn step(
+    /// A table, but for what measuring needs.
+    pub fn table(
         &mut self,
         (tensors, hypers): (&[Tensor], &[Hyper]),
         grads: &[Grad],
         chunks: &[Chunk],
-    ) -> u64 {
+    ) -> Table {
         assert_eq!(tensors.len(), grads.len());
-        let table = Table {
+        Table {
             tensors: self.upload(tensors),
             grads: self.upload(grads),
             chunks: self.upload(chunks),
@@ -77,12 +77,16 @@ impl Gpu {
             arrived: self.arrived,
             chunk_count: chunks.len() as u64,
             tensor_count: tensors.len() as u64,
-        };
+            ..Table::default()
+        }
+    }
+
+    /// One launch of `warps`.
+    pub fn launch(&mut self, kernel: &str, warps: u64, table: Table) {
         let table = self.upload(&[table]);
-        let before = self.read::<u64>(self.nonfinite, 1)[0];
         let launch = Launch {
-            kernel: self.module.kernel("qadam_step").unwrap(),
-            grid: [(chunks.len() as u32 * 32).div_ceil(THREADS), 1, 1],
+            kernel: self.module.kernel(kernel).unwrap(),
+            grid: [(warps as u32 * 32).div_ceil(THREADS), 1, 1],
             block: [THREADS, 1, 1],
             dynamic_shared: 0,
             params: &table.to_le_bytes(),
@@ -91,6 +95,43 @@ impl Gpu {
         };
         self.stats = run(&launch, &mut self.memory).unwrap_or_else(|fault| panic!("{fault}"));
         assert_eq!(self.read::<u32>(self.arrived, 1), [0], "ready for the next launch");
+    }
+
+    /// What `qadam_step` does with a table; returns what was added to the non-finite count.
+    pub fn step(&mut self, table: Table) -> u64 {
+        let before = self.read::<u64>(self.nonfinite, 1)[0];
+        self.launch("qadam_step", table.chunk_count, table);
         self.read::<u64>(self.nonfinite, 1)[0] - before
     }
+
+    /// Memory for measuring tensors that have so many folds, `beside` sums each; what the kernels write
+    /// is not written yet. Tensors without a fold are not measured.
+    pub fn measuring(&mut self, table: &mut Table, folds: &[usize], beside: u64) -> Scratch {
+        let (mut tallies, mut fold, mut segment) = (Vec::new(), 0, 0);
+        for &folds in folds {
+            tallies.push(Tally { fold, segment, ..Tally::default() });
+            fold += folds as u32;
+            segment += folds.div_ceil(FOLD) as u32;
+        }
+        table.tallies = self.upload(&tallies);
+        table.segments = self.upload(&vec![0_u32; segment as usize]);
+        table.sums = self.reserve((8 * beside * u64::from(fold)).max(1));
+        table.nodes = self.reserve((8 * beside * u64::from(segment)).max(1));
+        table.found = self.reserve((16 * folds.len() as u64).max(1));
+        let tensors = folds.len();
+        table.squares = self.reserve((8 * (tensors + tensors.div_ceil(FOLD)) as u64).max(1));
+        Scratch { tallies, segments: segment as usize }
+    }
+
+    /// Fails unless all that counts is 0 again.
+    pub fn assert_at_rest(&mut self, table: &Table, scratch: &Scratch) {
+        assert_eq!(self.read::<Tally>(table.tallies, scratch.tallies.len()), scratch.tallies);
+        assert!(self.read::<u32>(table.segments, scratch.segments).iter().all(|&count| count == 0));
+    }
+}
+
+/// What measuring began with.
+pub struct Scratch {
+    tallies: Vec<Tally>,
+    segments: usize,
 }

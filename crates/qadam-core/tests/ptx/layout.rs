@@ -15,6 +15,7 @@ pub struct Hyper {
     pub beta2: f64,
     pub eps: f64,
     pub weight_decay: f64,
+    pub max_unorm: f64,
     pub lr_address: u64,
     pub grad_scale: u64,
     pub found_inf: u64,
@@ -44,19 +45,65 @@ pub struct Tensor {
     pub max_v_scale: u64,
     pub step: u64,
     pub len: u64,
+    pub history: u64,
     pub hyper: u32,
-    pub param_dtype: u32,
-    pub grad_dtype: u32,
-    pub is_8bit: u32,
+    pub param_dtype: u8,
+    pub grad_dtype: u8,
+    pub flags: u8,
+    pub percentile: u8,
 }
+
+pub const IS_8BIT: u8 = 1;
+pub const ONE_SCALE: u8 = 2;
+pub const MEASURED: u8 = 4;
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub struct Grad {
     pub address: u64,
     pub strides: u64,
+    pub cut: u64,
     pub access: u32,
     pub guarded: u32,
+}
+
+/// Elements whose squares are added up by a warp, and sums that are added up in turn.
+pub const FOLD: usize = 4096;
+
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Tally {
+    pub fold: u32,
+    pub segment: u32,
+    pub arrived: u32,
+    pub keeps: u32,
+    pub largest: [u32; 3],
+    pub unused: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct Found {
+    pub update_scale: f32,
+    pub scale: [f32; 3],
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default, PartialEq, Debug)]
+pub struct Cut {
+    pub factor: f32,
+    pub squares: f32,
+    pub slot: u32,
+    pub unused: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Clip {
+    pub max_norm: f64,
+    pub norm: u64,
+    pub is_limited: u32,
+    pub unused: u32,
 }
 
 #[repr(C)]
@@ -68,7 +115,7 @@ pub struct Chunk {
 }
 
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub struct Table {
     pub tensors: u64,
     pub grads: u64,
@@ -76,6 +123,13 @@ pub struct Table {
     pub hypers: u64,
     pub nonfinite: u64,
     pub arrived: u64,
+    pub tallies: u64,
+    pub segments: u64,
+    pub sums: u64,
+    pub nodes: u64,
+    pub found: u64,
+    pub squares: u64,
+    pub clip: u64,
     pub chunk_count: u64,
     pub tensor_count: u64,
 }

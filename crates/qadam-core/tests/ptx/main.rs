@@ -6,20 +6,25 @@ mod model;
 mod numbers;
 
 use device::{Gpu, PTX};
-use layout::{Chunk, Grad, SCALAR, STRIDED, VECTOR};
+use layout::{Chunk, Found, Grad, MEASURED, SCALAR, STRIDED, VECTOR};
 use model::{Buffer, Group, Place, Step, Tensor, compare, encode};
 use numbers::{Kind, Numbers};
 use proptest::prelude::*;
+use qadam_core::clip::HISTORY;
 use qadam_core::codec::dynamic::{Sign, decode};
 use qadam_core::{
     BufferSpec, DType, Decay, Hyper, NonFinite, Per, StateCode, StateFormat, StateType,
 };
 
-const FORMATS: [StateFormat; 4] = [
+const ONE_SCALE: StateFormat = StateFormat::DYNAMIC8.with_block_wise(false);
+
+const FORMATS: [StateFormat; 6] = [
     StateFormat::F32,
     StateFormat::DYNAMIC8,
+    ONE_SCALE,
     StateFormat::F32.with_amsgrad(true),
     StateFormat::DYNAMIC8.with_amsgrad(true),
+    ONE_SCALE.with_amsgrad(true),
 ];
 
 fn pairings() -> impl Iterator<Item = (DType, DType)> {
@@ -42,11 +47,8 @@ fn groups() -> Vec<Group> {
 
 /// `count` steps, each with gradients for all.
 fn steps(numbers: &mut Numbers, kind: Kind, tensors: &[Tensor], count: usize) -> Vec<Step> {
-    let mut step = || Step {
-        groups: groups(),
-        grads: tensors.iter().map(|tensor| Some(numbers.grad(kind, tensor))).collect(),
-    };
-    (0..count).map(|_| step()).collect()
+    let mut grads = || tensors.iter().map(|tensor| Some(numbers.grad(kind, tensor))).collect();
+    (0..count).map(|_| Step::new(groups(), grads())).collect()
 }
 
 /// Every format and pairing at all places, in one launch; the groups go round.
@@ -211,7 +213,7 @@ fn zero_gradients_are_skipped() {
                 }
                 Some(Buffer::new(&encode(&values, tensor.grad_dtype)))
             });
-            Step { groups: groups.clone(), grads: grads.collect() }
+            Step::new(groups.clone(), grads.collect())
         };
         let steps = [step(), step()];
         compare(&tensors, &steps, 512);
@@ -243,10 +245,8 @@ fn hyperparameters_at_their_ends() {
         Hyper { weight_decay: 1e30, ..Hyper::adamw() },
         Hyper { nonfinite: NonFinite::Propagate, weight_decay: 1e38, ..Hyper::adam() },
     ];
-    let step = Step {
-        groups: groups.map(Group::from).to_vec(),
-        grads: tensors.iter().map(|tensor| Some(numbers.grad(Kind::Ordinary, tensor))).collect(),
-    };
+    let grads = tensors.iter().map(|tensor| Some(numbers.grad(Kind::Ordinary, tensor)));
+    let step = Step::new(groups.map(Group::from).to_vec(), grads.collect());
     compare(&tensors, &[step.clone(), step], 512);
 }
 
@@ -272,7 +272,7 @@ fn blocks_without_one_finite_gradient_keep_their_state() {
         }
         Some(Buffer::new(&encode(&values, tensor.grad_dtype)))
     });
-    let step = Step { groups: groups(), grads: grads.collect() };
+    let step = Step::new(groups(), grads.collect());
     compare(&tensors, &[step], 256);
 }
 
@@ -302,10 +302,8 @@ fn the_edges_of_all_codes() {
         Numbers(10).tensor(Kind::Ordinary, Place::dense(all.len()), pairing, StateFormat::DYNAMIC8);
     tensor.step = 5.0;
     let hyper = Hyper { beta1: 0.0, beta2: 0.0, ..Hyper::adam() };
-    let step = Step {
-        groups: vec![Group::from(hyper)],
-        grads: vec![Some(Buffer::new(&encode(&all, DType::F32)))],
-    };
+    let grad = Buffer::new(&encode(&all, DType::F32));
+    let step = Step::new(vec![Group::from(hyper)], vec![Some(grad)]);
     compare(&[tensor], &[step.clone(), step], 4096);
 }
 
@@ -351,7 +349,8 @@ fn the_end_of_a_huge_tensor() {
             let each = |spec: BufferSpec| match (spec.dtype, spec.per) {
                 (StateType::U8, _) => START,
                 (StateType::F32, Per::Element) => START * 4,
-                (StateType::F32, Per::Block | Per::Tensor) => START / 64,
+                (StateType::F32, Per::Block) => START / 64,
+                (StateType::F32, Per::Tensor) => 0,
             };
             let before: Vec<u64> = format.buffers(0).into_iter().map(each).collect();
             let state: Vec<u64> = end
@@ -374,20 +373,32 @@ fn the_end_of_a_huge_tensor() {
                 max_v_scale,
                 step: gpu.upload(&[end.step]),
                 len: total,
+                history: 0,
                 hyper: 0,
-                param_dtype: pairing.0 as u32,
-                grad_dtype: pairing.1 as u32,
-                is_8bit: (format.code == StateCode::Dynamic8).into(),
+                param_dtype: pairing.0 as u8,
+                grad_dtype: pairing.1 as u8,
+                flags: model::flags(format) | if format.block_wise { 0 } else { MEASURED },
+                percentile: 0,
             };
             let strides_at = gpu.upload(&[table]);
-            let grads = [Grad { address: grad_at, strides: strides_at, access, guarded: 0 }];
+            let grads = [Grad { address: grad_at, strides: strides_at, access, ..Grad::default() }];
             let chunk = Chunk { start: START, len: LEN as u32, tensor: 0 };
             let group = Group::from(Hyper::adamw());
             let hypers = [group.table(&mut gpu)];
-            gpu.step((&[tensor], &hypers), &grads, &[chunk]);
-
-            let step = Step { groups: vec![group], grads: vec![Some(grad)] };
+            let step = Step::new(vec![group], vec![Some(grad)]);
             model::step_on_cpu(std::slice::from_mut(&mut end), &step);
+            let mut work = gpu.table((&[tensor], &hypers), &grads, &[chunk]);
+            let mut found = Found { update_scale: 1.0, ..Found::default() };
+            if !format.block_wise {
+                // as if the rest of the tensor had been measured, too
+                let scales = end.state.chunks(2).map(|moment| moment[1].bytes());
+                for (found, scale) in found.scale.iter_mut().zip(scales) {
+                    *found = f32::from_le_bytes(scale.try_into().unwrap());
+                }
+            }
+            work.found = gpu.upload(&[found]);
+            gpu.step(work);
+
             let before = std::iter::once(START * strides.0 * 2).chain(before);
             let buffers = std::iter::once(&end.param).chain(&end.state);
             let addresses = std::iter::once(param).chain(state);
@@ -414,7 +425,7 @@ fn instructions_an_element() {
                     (StateCode::F32, false) => 60.0,
                     (StateCode::F32, true) => 80.0,
                     (StateCode::Dynamic8, false) => 150.0,
-                    (StateCode::Dynamic8, true) => 210.0,
+                    (StateCode::Dynamic8, true) => 215.0,
                 };
                 println!("sm_{}, {}, {format}: {count:.1}", ptx.0, dtype.name());
                 assert!(count < most, "sm_{}, {dtype:?}, {format:?}: {count}", ptx.0);
@@ -463,9 +474,10 @@ fn hypers() -> impl Strategy<Value = Group> {
     // of the loss: usual ones, and those whose inverse is subnormal, infinite, or no number
     let scale = vec![65_536.0, 3.0, 1e-3, f32::MAX, 1e-40, 0.0, -2.0, f32::INFINITY, f32::NAN];
     let scale = prop::option::of(prop::sample::select(scale));
+    let unorm = prop::sample::select(vec![0.0, 0.0, 1e-9, 0.02, 1.0, 1e30]);
     let found = prop::option::of(prop::sample::select(vec![0.0, -0.0, 0.0, 1.0, f32::NAN]));
-    (rates, beta.clone(), beta, decay, nonfinite, flags, scale, found).prop_map(
-        |(rates, beta1, beta2, decay, nonfinite, flags, grad_scale, found_inf)| {
+    (rates, (beta.clone(), beta), decay, nonfinite, flags, unorm, scale, found).prop_map(
+        |(rates, (beta1, beta2), decay, nonfinite, flags, max_unorm, grad_scale, found_inf)| {
             let ((lr, eps, weight_decay), (lr_on_device, maximize, skip_zeros)) = (rates, flags);
             let hyper = Hyper {
                 lr,
@@ -477,11 +489,17 @@ fn hypers() -> impl Strategy<Value = Group> {
                 nonfinite,
                 maximize,
                 skip_zeros,
-                ..Hyper::adam()
+                max_unorm,
             };
             Group { hyper, lr_on_device, grad_scale, found_inf }
         },
     )
+}
+
+/// Whether gradients are cut, and to what norm.
+fn clips() -> impl Strategy<Value = Option<Option<f64>>> {
+    let norm = vec![0.0, 1e-30, 0.1, 3.0, 1e30, f64::INFINITY];
+    prop::option::of(prop::option::of(prop::sample::select(norm)))
 }
 
 proptest! {
@@ -492,6 +510,7 @@ proptest! {
         places in prop::collection::vec(places(), 1..5),
         groups in prop::collection::vec(hypers(), 3),
         chunk in 1_usize..5,
+        clip in clips(),
         seed in any::<u64>(),
     ) {
         let mut numbers = Numbers(seed);
@@ -503,18 +522,18 @@ proptest! {
                 let format = FORMATS[numbers.below(FORMATS.len())];
                 let mut tensor = numbers.tensor(Kind::Adversarial, place, pairing, format);
                 tensor.group = numbers.below(3);
+                if clip.is_some() && numbers.below(2) == 0 {
+                    tensor.percentile = Some((numbers.history(), numbers.below(HISTORY)));
+                }
                 tensor
             })
             .collect();
-        let mut step = || Step {
-            groups: groups.clone(),
-            grads: tensors
-                .iter()
-                .map(|tensor| {
-                    let grad = numbers.grad(Kind::Adversarial, tensor);
-                    (numbers.below(6) > 0).then_some(grad)
-                })
-                .collect(),
+        let mut step = || {
+            let grads = tensors.iter().map(|tensor| {
+                let grad = numbers.grad(Kind::Adversarial, tensor);
+                (numbers.below(6) > 0).then_some(grad)
+            });
+            Step { clip, ..Step::new(groups.clone(), grads.collect()) }
         };
         let steps = [step(), step()];
         compare(&tensors, &steps, chunk * 256);

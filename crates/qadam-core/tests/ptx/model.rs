@@ -1,14 +1,17 @@
 //! The same tensors on both sides: stepped by the kernel and by the scalar CPU back end, then
 //! compared byte for byte, gaps between strided elements included.
 
-use qadam_core::cpu::{self, Backend};
+use qadam_core::clip::{self, Gradient, HISTORY, Percentile};
+use qadam_core::cpu::{self, Backend, squared_norms};
 use qadam_core::rule::Coefficients;
 use qadam_core::{
     DType, Decay, Hyper, NonFinite, RawState, StateCode, StateFormat, TensorStep, Walk, bf16, f16,
 };
 
 use crate::device::{Gpu, PTX};
-use crate::layout::{self, Chunk, Grad, SCALAR, STRIDED, VECTOR};
+use crate::layout::{
+    self, Chunk, FOLD, Grad, IS_8BIT, MEASURED, ONE_SCALE, SCALAR, STRIDED, VECTOR,
+};
 
 /// Bytes, the first of which is aligned for any element type.
 #[derive(Clone, Default)]
@@ -130,6 +133,37 @@ pub struct Tensor {
     pub param: Buffer,
     /// In the format's order.
     pub state: Vec<Buffer>,
+    /// Squared norms, and which of them limits the gradient.
+    pub percentile: Option<([f32; HISTORY], usize)>,
+}
+
+impl Tensor {
+    /// How many sums its squares give at first.
+    fn folds(&self) -> usize {
+        self.place.len().div_ceil(FOLD)
+    }
+
+    /// Whether the whole tensor is measured before a step with this group.
+    fn is_measured(&self, group: &Group) -> bool {
+        let one_scale = !self.format.block_wise;
+        self.place.len() > 0 && (one_scale || group.hyper.max_unorm > 0.0)
+    }
+
+    /// The step with gradient `grad`.
+    fn with(&mut self, grad: &mut Buffer, coefficients: Coefficients) -> TensorStep {
+        let place = &self.place;
+        assert_eq!(self.param.len, place.param_span() * self.param_dtype.size());
+        assert_eq!(grad.len, place.grad_span() * self.grad_dtype.size());
+        let state = self.state.iter_mut().map(Buffer::pointer::<u8>);
+        let state = RawState::from_buffers(self.format, state).unwrap();
+        // SAFETY: the buffers have the lengths of the place, as just asserted.
+        unsafe {
+            let param = self.param.pointer::<u8>().add(place.shift.0 * self.param_dtype.size());
+            let grad = grad.pointer::<u8>().add(place.shift.1 * self.grad_dtype.size());
+            let (param, grad) = ((param, self.param_dtype), (grad.cast_const(), self.grad_dtype));
+            TensorStep::new(param, grad, place.walk(), state, coefficients)
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -180,7 +214,7 @@ impl Group {
             nonfinite,
             maximize,
             skip_zeros,
-            ..
+            max_unorm,
         } = self.hyper;
         let (lr, lr_address) =
             if self.lr_on_device { (f64::NAN, gpu.upload(&[lr as f32])) } else { (lr, 0) };
@@ -190,6 +224,7 @@ impl Group {
             beta2,
             eps,
             weight_decay,
+            max_unorm,
             lr_address,
             grad_scale: self.grad_scale.map_or(0, |scale| gpu.upload(&[scale])),
             found_inf: self.found_inf.map_or(0, |found| gpu.upload(&[found])),
@@ -206,13 +241,23 @@ impl Group {
 pub struct Step {
     pub groups: Vec<Group>,
     pub grads: Vec<Option<Buffer>>,
+    /// Whether gradients are cut first, and to what norm.
+    pub clip: Option<Option<f64>>,
 }
 
-/// Chunks of `size` elements. An empty tensor has an empty chunk, so that every launch has a warp.
-pub fn chunks(tensors: &[Tensor], size: usize) -> Vec<Chunk> {
+impl Step {
+    /// A step whose gradients are not cut.
+    pub fn new(groups: Vec<Group>, grads: Vec<Option<Buffer>>) -> Self {
+        Self { groups, grads, clip: None }
+    }
+}
+
+/// Chunks of `size` elements, of more where whole folds are needed. An empty tensor has an empty chunk.
+fn chunks(tensors: &[Tensor], size: usize, folds: impl Fn(&Tensor) -> bool) -> Vec<Chunk> {
     let mut chunks = Vec::new();
     for (index, tensor) in tensors.iter().enumerate() {
         let total = tensor.place.len();
+        let size = if folds(tensor) { size.next_multiple_of(FOLD) } else { size };
         for start in (0..total.max(1)).step_by(size) {
             let len = size.min(total - start) as u32;
             chunks.push(Chunk { start: start as u64, len, tensor: index as u32 });
@@ -241,45 +286,72 @@ pub fn compare(tensors: &[Tensor], steps: &[Step], chunk: usize) {
                 );
                 device.assert_equal(tensor, &mut gpu, &what);
             }
-            assert_eq!(got, want, "non-finite gradients in step {number}");
+            assert_eq!(got, want, "step {number}");
         }
     }
 }
 
-pub fn step_on_cpu(tensors: &mut [Tensor], step: &Step) -> u64 {
-    let mut nonfinite = 0;
-    for (tensor, grad) in tensors.iter_mut().zip(&step.grads) {
-        let Some(mut grad) = grad.clone() else { continue };
-        let place = &tensor.place;
-        assert_eq!(tensor.param.len, place.param_span() * tensor.param_dtype.size());
-        assert_eq!(grad.len, place.grad_span() * tensor.grad_dtype.size());
-        let group = step.groups[tensor.group];
-        if group.is_off() {
-            continue;
+/// What a step did besides writing tensors.
+#[derive(Debug, Default, PartialEq)]
+pub struct Outcome {
+    pub nonfinite: u64,
+    /// What each gradient was multiplied by, and the norm of all, as bits.
+    pub cuts: Vec<u32>,
+    pub norm: Option<u32>,
+}
+
+/// Any NaN is one.
+fn bits(x: f32) -> u32 {
+    if x.is_nan() { 0x7FC0_0000 } else { x.to_bits() }
+}
+
+pub fn step_on_cpu(tensors: &mut [Tensor], step: &Step) -> Outcome {
+    let mut grads = step.grads.clone();
+    let (mut used, mut coefficients) = (vec![false; tensors.len()], Vec::new());
+    for ((tensor, grad), used) in tensors.iter().zip(&step.grads).zip(&mut used) {
+        let group = &step.groups[tensor.group];
+        *used = grad.is_some() && !group.is_off();
+        coefficients.push(group.coefficients(tensor.step as u64 + 1));
+    }
+    let mut outcome = Outcome::default();
+    if let Some(max_norm) = step.clip {
+        let mut histories: Vec<_> = tensors.iter().map(|tensor| tensor.percentile).collect();
+        let mut gradients = Vec::new();
+        for (i, history) in histories.iter_mut().enumerate() {
+            let (squares, factor, percentile) = (0.0, 1.0, None);
+            gradients.push(Gradient { squares, factor, percentile });
+            if !used[i] {
+                continue; // counts as 0
+            }
+            let step = tensors[i].with(grads[i].as_mut().unwrap(), coefficients[i]);
+            // SAFETY: nobody else has the buffers.
+            let squares = unsafe { squared_norms(&[step], BACKEND, 1) }.unwrap()[0];
+            let (t, factor) = (tensors[i].step as u64 + 1, coefficients[i].factor);
+            let percentile = history.as_mut().map(|(history, percentile)| {
+                Percentile { history, t, percentile: *percentile }
+            });
+            gradients[i] = Gradient { squares, factor, percentile };
         }
-        let coefficients = group.coefficients(tensor.step as u64 + 1);
-        let pointers = tensor.state.iter_mut().map(Buffer::pointer::<u8>);
-        let state = RawState::from_buffers(tensor.format, pointers).unwrap();
-        // SAFETY: the buffers have the lengths of the place, as just asserted, and nobody else has
-        // them.
-        nonfinite += unsafe {
-            let param = tensor.param.pointer::<u8>();
-            let param = param.add(place.shift.0 * tensor.param_dtype.size());
-            let grad = grad.pointer::<u8>().add(place.shift.1 * tensor.grad_dtype.size());
-            let step = TensorStep::new(
-                (param, tensor.param_dtype),
-                (grad, tensor.grad_dtype),
-                place.walk(),
-                state,
-                coefficients,
-            );
-            cpu::run(&[step], Backend::Scalar, 1).unwrap() as u64
-        };
+        let (norm, factors) = clip::gradients(&mut gradients, max_norm);
+        outcome.norm = Some(bits(norm as f32));
+        for (i, factor) in factors.into_iter().enumerate() {
+            outcome.cuts.push(if used[i] { bits(factor) } else { 1.0_f32.to_bits() });
+            coefficients[i] = coefficients[i].with_factor(factor);
+        }
+        for (tensor, history) in tensors.iter_mut().zip(histories) {
+            tensor.percentile = history;
+        }
+    }
+    for (i, tensor) in tensors.iter_mut().enumerate().filter(|(i, _)| used[*i]) {
+        let step = tensor.with(grads[i].as_mut().unwrap(), coefficients[i]);
+        // SAFETY: nobody else has the buffers.
+        outcome.nonfinite += unsafe { cpu::run(&[step], BACKEND, 1).unwrap() as u64 };
         tensor.step += 1.0;
     }
-    nonfinite
+    outcome
 }
 
+const BACKEND: Backend = Backend::Scalar;
 /// The addresses of buffers in a format's order, as the kernel's tensor has them: three moments, then
 /// their scales; 0 for what is not there.
 pub fn moments(format: StateFormat, buffers: &[u64]) -> [u64; 6] {
@@ -291,11 +363,18 @@ pub fn moments(format: StateFormat, buffers: &[u64]) -> [u64; 6] {
     }
 }
 
+/// The flags of a state's format.
+pub fn flags(format: StateFormat) -> u8 {
+    let is_8bit = if format.code == StateCode::Dynamic8 { IS_8BIT } else { 0 };
+    is_8bit | if format.block_wise { 0 } else { ONE_SCALE }
+}
+
 /// Addresses.
 struct OnDevice {
     step: u64,
     param: u64,
     state: Vec<u64>,
+    history: u64,
 }
 
 impl OnDevice {
@@ -304,10 +383,11 @@ impl OnDevice {
             step: gpu.upload(&[tensor.step]),
             param: gpu.upload(tensor.param.bytes()),
             state: tensor.state.iter().map(|buffer| gpu.upload(buffer.bytes())).collect(),
+            history: tensor.percentile.map_or(0, |(history, _)| gpu.upload(&history)),
         }
     }
 
-    fn table(&self, tensor: &Tensor) -> layout::Tensor {
+    fn table(&self, tensor: &Tensor, group: &Group) -> layout::Tensor {
         let [m, v, max_v, m_scale, v_scale, max_v_scale] = moments(tensor.format, &self.state);
         layout::Tensor {
             param: self.param + (tensor.place.shift.0 * tensor.param_dtype.size()) as u64,
@@ -319,15 +399,21 @@ impl OnDevice {
             max_v_scale,
             step: self.step,
             len: tensor.place.len() as u64,
+            history: self.history,
             hyper: tensor.group as u32,
-            param_dtype: tensor.param_dtype as u32,
-            grad_dtype: tensor.grad_dtype as u32,
-            is_8bit: (tensor.format.code == StateCode::Dynamic8).into(),
+            param_dtype: tensor.param_dtype as u8,
+            grad_dtype: tensor.grad_dtype as u8,
+            flags: flags(tensor.format) | if tensor.is_measured(group) { MEASURED } else { 0 },
+            percentile: tensor.percentile.map_or(0, |(_, percentile)| percentile as u8),
         }
     }
 
     fn assert_equal(&self, tensor: &Tensor, gpu: &mut Gpu, what: &str) {
         assert_eq!(gpu.read::<f32>(self.step, 1), [tensor.step], "{what}: steps");
+        if let Some((history, _)) = tensor.percentile {
+            let got = gpu.read::<u32>(self.history, HISTORY);
+            assert_eq!(got, history.map(f32::to_bits), "{what}: history");
+        }
         let names = tensor.format.buffers(0).into_iter().map(|spec| spec.name);
         let buffers = tensor.state.iter().zip(&self.state).zip(names);
         let param = ((&tensor.param, &self.param), "param");
@@ -348,11 +434,15 @@ fn step_on_gpu(
     device: &[OnDevice],
     step: &Step,
     chunk: usize,
-) -> u64 {
+) -> Outcome {
     let hypers: Vec<layout::Hyper> = step.groups.iter().map(|group| group.table(gpu)).collect();
-    let table: Vec<layout::Tensor> =
-        tensors.iter().zip(device).map(|(tensor, device)| device.table(tensor)).collect();
-    let grads: Vec<Grad> = (0..tensors.len())
+    let group = |tensor: &Tensor| &step.groups[tensor.group];
+    let table: Vec<layout::Tensor> = tensors
+        .iter()
+        .zip(device)
+        .map(|(tensor, device)| device.table(tensor, group(tensor)))
+        .collect();
+    let mut grads: Vec<Grad> = (0..tensors.len())
         .map(|i| {
             let Some(grad) = &step.grads[i] else { return Grad::default() };
             let place = &tensors[i].place;
@@ -365,11 +455,41 @@ fn step_on_gpu(
             } else {
                 (SCALAR, 0)
             };
-            let guarded = step.groups[tensors[i].group].found_inf.is_some();
-            Grad { address, strides, access, guarded: guarded.into() }
+            let guarded = group(&tensors[i]).found_inf.is_some().into();
+            Grad { address, strides, cut: 0, access, guarded }
         })
         .collect();
-    gpu.step((&table, &hypers), &grads, &chunks(tensors, chunk))
+    let mut outcome = Outcome::default();
+    if let Some(max_norm) = step.clip {
+        let chunks = chunks(tensors, chunk, |_| true);
+        let mut table = gpu.table((&table, &hypers), &grads, &chunks);
+        let folds: Vec<usize> = tensors.iter().map(Tensor::folds).collect();
+        let scratch = gpu.measuring(&mut table, &folds, 1);
+        let norm = gpu.reserve(4);
+        let (is_limited, max_norm) = (max_norm.is_some().into(), max_norm.unwrap_or(f64::NAN));
+        table.clip = gpu.upload(&[layout::Clip { max_norm, norm, is_limited, unused: 0 }]);
+        gpu.launch("qadam_squares", table.chunk_count, table);
+        gpu.assert_at_rest(&table, &scratch);
+        gpu.launch("qadam_cut", table.tensor_count, table);
+        let cuts: Vec<layout::Cut> = gpu.read(table.found, tensors.len());
+        outcome.cuts = cuts.iter().map(|cut| bits(cut.factor)).collect();
+        outcome.norm = Some(gpu.read::<u32>(norm, 1)[0]);
+        for (i, grad) in grads.iter_mut().enumerate() {
+            grad.cut = table.found + 16 * i as u64;
+        }
+    }
+    let is_measured = |tensor: &Tensor| tensor.is_measured(group(tensor));
+    let chunks = chunks(tensors, chunk, is_measured);
+    let mut table = gpu.table((&table, &hypers), &grads, &chunks);
+    if tensors.iter().any(is_measured) {
+        let folds = |tensor: &Tensor| if is_measured(tensor) { tensor.folds() } else { 0 };
+        let folds: Vec<usize> = tensors.iter().map(folds).collect();
+        let scratch = gpu.measuring(&mut table, &folds, 2);
+        gpu.launch("qadam_measure", table.chunk_count, table);
+        gpu.assert_at_rest(&table, &scratch);
+    }
+    outcome.nonfinite = gpu.step(table);
+    outcome
 }
 
 /// Thread instructions (of PTX) an element that one step of `tensor` takes.

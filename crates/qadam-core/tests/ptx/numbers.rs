@@ -1,5 +1,6 @@
 //! Numbers to try: ordinary ones mostly, with every kind of trouble among them.
 
+use qadam_core::clip::HISTORY;
 use qadam_core::{DType, StateFormat, StateType};
 
 use crate::model::{Buffer, Place, Tensor, encode};
@@ -77,6 +78,15 @@ impl Numbers {
         bytes
     }
 
+    /// Squared norms: none yet, or some.
+    pub fn history(&mut self) -> [f32; HISTORY] {
+        match self.below(4) {
+            0 => [0.0; HISTORY],
+            1 => std::array::from_fn(|_| self.float(Kind::Adversarial)),
+            n => std::array::from_fn(|_| self.float(Kind::Ordinary).abs() * [1.0, 1e4][n - 2]),
+        }
+    }
+
     pub fn grad(&mut self, kind: Kind, tensor: &Tensor) -> Buffer {
         Buffer::new(&self.elements(kind, tensor.grad_dtype, tensor.place.grad_span()))
     }
@@ -106,6 +116,7 @@ impl Numbers {
         });
         let state = state.collect();
         let step = self.below(50) as f32;
-        Tensor { place, param_dtype, grad_dtype, format, group: 0, step, param, state }
+        let percentile = None;
+        Tensor { place, param_dtype, grad_dtype, format, group: 0, step, param, state, percentile }
     }
 }

@@ -372,6 +372,8 @@ impl Tensors {
                 lr_address,
                 grad_scale,
                 found_inf,
+                cut: None,
+                percentile: None,
             };
             waves[slot.wave].cuda.entry(device).or_default().push(step, position);
         }
