@@ -16,6 +16,7 @@ pytestmark = pytest.mark.cpu_only
 # reads its variables once.
 SCRIPT = """
 import hashlib, itertools, json, os, sys, torch, qadam
+from types import SimpleNamespace
 torch.set_num_threads(1)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (0, 1, 7, 8, 15, 16, 17, 31, 33, 255, 256, 257, 1000, 33_003)
@@ -50,6 +51,10 @@ SETTINGS = {
     "AdamW": dict(weight_decay=0.3, lr=0.1),
     "propagate": dict(weight_decay=0.3, nonfinite="propagate"),
     "extreme": dict(lr=1e3, betas=(0.0, 0.5), eps=1e-30),
+    "clipped": dict(max_grad_norm=3.0, percentile_clipping=20,
+                    args=SimpleNamespace(max_unorm=0.1, skip_zeros=True)),
+    "one scale": dict(block_wise=False, weight_decay=0.3, nonfinite="propagate",
+                      percentile_clipping=60, args=SimpleNamespace(max_unorm=1e-3)),
 }
 CASES = []
 for p_dtype, g_dtype in itertools.product(DTYPES, DTYPES):
@@ -81,6 +86,8 @@ def hashes(settings, bits):
                 for x in tensors:
                     raw = x.contiguous().reshape(-1).view(torch.uint8)
                     digest.update(raw.numpy().tobytes())
+            if o.grad_norm is not None:
+                digest.update(o.grad_norm.numpy().tobytes())
             digests[f"{bits}-bit {name} {case}"] = digest.hexdigest()[:16] + f" {o.nonfinite_count}"
     return digests
 
@@ -134,8 +141,8 @@ for line in sys.stdin:
         sys.exit("failed: " + line)
 """
 
-FEW = ["AdamW"]
-ALL = ["Adam", "AdamL2", "AdamW", "propagate", "extreme"]
+FEW = ["AdamW", "clipped", "one scale"]
+ALL = [*FEW, "Adam", "AdamL2", "propagate", "extreme"]
 
 
 Environment = dict[str, str]

@@ -3,7 +3,6 @@
 import ast
 import inspect
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,46 +107,6 @@ def test_width_is_that_of_the_name_or_of_optim_bits(name, bits, width):
 def test_optim_bits_that_contradict_the_name_are_refused(name):
     with pytest.raises(ValueError, match=rf"{name}.*32.*optim_bits=8"):
         getattr(qadam, name)(one(), optim_bits=8)
-
-
-LATER = {
-    "percentile_clipping": [99, 5, 1],
-    "block_wise": [False],
-}
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize(("option", "value"), [(o, v) for o, vs in LATER.items() for v in vs])
-def test_later_options_are_never_taken_silently(cls, option, value):
-    with pytest.raises(NotImplementedError, match=option):
-        cls(one(), **{option: value})
-
-
-GROUP_LATER = {
-    "percentile_clipping": 5,
-    "block_wise": False,
-    "max_unorm": 0.5,
-    "skip_zeros": True,
-}
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize(("option", "value"), list(GROUP_LATER.items()))
-def test_options_of_a_group_are_never_ignored(cls, option, value):
-    group = {"params": one(), option: value}
-    with pytest.raises(NotImplementedError, match=option):
-        cls([group])
-    optimizer = cls(one())
-    before = frozen(optimizer)
-    with pytest.raises(NotImplementedError, match=option):
-        optimizer.add_param_group({"params": one(), option: value})
-    assert frozen(optimizer) == before
-
-
-@pytest.mark.parametrize("args", [{"max_unorm": 0.5}, {"skip_zeros": True}, {"block_wise": False}])
-def test_later_options_in_args_are_never_taken_silently(args):
-    with pytest.raises(NotImplementedError, match=next(iter(args))):
-        qadam.AdamW(one(), args=SimpleNamespace(**args))
 
 
 def test_differentiable_set_in_a_group_between_steps_is_not_ignored():

@@ -86,7 +86,7 @@ def test_a_group_added_in_mid_training_joins_as_in_torch():
 BAD_GROUPS = {
     "bad lr": lambda mine: {"params": [Parameter(torch.ones(2))], "lr": -1},
     "bad betas": lambda mine: {"params": [Parameter(torch.ones(2))], "betas": (2, 0)},
-    "later option": lambda mine: {"params": [Parameter(torch.ones(2))], "block_wise": False},
+    "bad option": lambda mine: {"params": [Parameter(torch.ones(2))], "block_wise": "no"},
     "twice in the group": lambda mine: {"params": [Parameter(torch.ones(2))] * 2},
     "in another group": lambda mine: {"params": [Parameter(torch.ones(2)), mine[0]]},
     "expanded": lambda mine: {"params": [Parameter(torch.ones(1).expand(4))]},
@@ -108,7 +108,7 @@ def test_a_failing_add_param_group_leaves_the_optimizer_as_it_was(make):
     a, b = qadam.AdamW(mine), qadam.AdamW(theirs)
     train(2, a, b)
     before = frozen(a)
-    with pytest.raises((ValueError, TypeError, KeyError, NotImplementedError)):
+    with pytest.raises((ValueError, TypeError, KeyError)):
         a.add_param_group(make(mine))
     assert frozen(a) == before
     train(2, a, b, first=2)

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+DEFAULTS: dict[str, Any] = {
+    "optim_bits": 32,
+    "min_8bit_size": 4096,
+    "percentile_clipping": 100,
+    "block_wise": True,
+    "max_unorm": 0.0,
+    "skip_zeros": False,
+}
+"""What a group or ``args`` may hold besides hyperparameters, and what holds without it."""
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -11,33 +22,30 @@ def check_options(options: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: for a value out of range, naming the option.
-        NotImplementedError: for what is not implemented yet.
     """
-    if options.get("optim_bits", 32) not in (8, 32):
-        msg = f"optim_bits must be 32 or 8, got {options['optim_bits']!r}"
+    given = {**DEFAULTS, **options}
+    if given["optim_bits"] not in (8, 32):
+        msg = f"optim_bits must be 32 or 8, got {given['optim_bits']!r}"
         raise ValueError(msg)
-    _whole("min_8bit_size", options.get("min_8bit_size", 0), 0, None)
-    clipping = _whole("percentile_clipping", options.get("percentile_clipping", 100), 1, 100)
-    block_wise = options.get("block_wise", True)
-    max_unorm, skip_zeros = options.get("max_unorm", 0.0), options.get("skip_zeros", False)
-    later = (
-        ("percentile_clipping", clipping, clipping < 100),
-        ("block_wise", block_wise, not block_wise),
-        ("max_unorm", max_unorm, max_unorm > 0),
-        ("skip_zeros", skip_zeros, bool(skip_zeros)),
-    )
-    for name, value, asked in later:
-        if asked:
-            msg = f"{name}={value!r} is not implemented yet"
-            raise NotImplementedError(msg)
+    _whole("min_8bit_size", given["min_8bit_size"], 0, None)
+    _whole("percentile_clipping", given["percentile_clipping"], 1, 100)
+    for name in ("block_wise", "skip_zeros"):
+        if not isinstance(given[name], (bool, int)):
+            msg = f"{name} must be True or False, got {given[name]!r}"
+            raise ValueError(msg)
+    limit = given["max_unorm"]
+    is_number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+    if not is_number or not math.isfinite(limit) or limit < 0:
+        msg = f"max_unorm must be a finite number of at least 0, got {limit!r}"
+        raise ValueError(msg)
 
 
-def _whole(name: str, value: int, low: int, high: int | None) -> int:
-    """``value`` if it is a whole number in range."""
+def _whole(name: str, value: int, low: int, high: int | None) -> None:
+    """Raises unless ``value`` is a whole number in range."""
     top = "" if high is None else f" and at most {high}"
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         pass
     elif high is None or value <= high:
-        return value
+        return
     msg = f"{name} must be a whole number of at least {low}{top}, got {value!r}"
     raise ValueError(msg)

@@ -463,11 +463,11 @@ impl Adam {
             let t = self.slots[update.id.0].step + 1;
             let percentile =
                 self.percentile.map(|percentile| Percentile { history, t, percentile });
-            Gradient { squares, factor: step.coefficients.factor, percentile }
+            Gradient { squares, factor: step.factor(), percentile }
         });
         let (norm, factors) = clip::gradients(&mut gradients.collect::<Vec<_>>(), max_norm);
         for (step, factor) in steps.iter_mut().zip(factors) {
-            step.coefficients = step.coefficients.with_factor(factor);
+            step.multiply(factor);
         }
         Ok(norm)
     }

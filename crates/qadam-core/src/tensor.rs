@@ -191,6 +191,17 @@ impl TensorStep {
         Self { param, param_dtype, grad, grad_dtype, walk, state, coefficients }
     }
 
+    /// What gradients are multiplied by: [`Coefficients::factor`].
+    #[must_use]
+    pub const fn factor(&self) -> f32 {
+        self.coefficients.factor
+    }
+
+    /// Multiplies gradients by `factor` besides, as clipping does: [`Coefficients::with_factor`].
+    pub fn multiply(&mut self, factor: f32) {
+        self.coefficients = self.coefficients.with_factor(factor);
+    }
+
     /// How many elements the step updates.
     #[must_use]
     pub const fn len(&self) -> usize {

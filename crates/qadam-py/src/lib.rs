@@ -35,7 +35,13 @@ mod _core {
     #[pymodule_export]
     use super::tensor::check_parameter;
     #[pymodule_export]
-    use super::{check_hyper, cuda_availability, version};
+    use super::{check_hyper, check_max_grad_norm, cuda_availability, version};
+}
+
+/// Raises `ValueError` unless gradients can be cut to this norm: at least 0; infinity is no limit.
+#[pyfunction]
+fn check_max_grad_norm(max_norm: f64) -> PyResult<()> {
+    qadam_core::clip::check_max_grad_norm(max_norm).map_err(|error| error::to_python(&error))
 }
 
 /// Raises `ValueError`, naming the argument and its value, unless all are in range: `lr`, `eps` and

@@ -27,9 +27,10 @@ class Adam(QAdam):
 
     Args:
         params: parameters, or groups of them with their own ``lr``, ``betas``, ``eps`` and
-            ``weight_decay``, as for any ``torch.optim.Optimizer``; also ``optim_bits``,
-            ``min_8bit_size`` and ``is_paged``, which count when state is made. For single
-            parameters there is :class:`qadam.GlobalOptimManager`.
+            ``weight_decay``, as for any ``torch.optim.Optimizer``; also ``percentile_clipping``,
+            ``max_unorm`` and ``skip_zeros``, and ``optim_bits``, ``min_8bit_size``, ``block_wise``
+            and ``is_paged``, which count when state is made. For single parameters there is
+            :class:`qadam.GlobalOptimManager`.
         lr: learning rate, at least 0.
         betas: decay rates of the two moments, each at least 0 and less than 1.
         eps: added to the denominator, at least 0.
@@ -41,11 +42,17 @@ class Adam(QAdam):
         optim_bits: 32 or 8, the width of the state. Where the class's name says it, the default
             stands for that width and any other contradiction is an error.
         args: an object whose attributes ``optim_bits``, ``min_8bit_size``, ``percentile_clipping``
-            and ``block_wise`` replace the keywords, where it has them; ``max_unorm`` and
-            ``skip_zeros``, which bitsandbytes takes from here alone, are not implemented yet.
+            and ``block_wise`` replace the keywords, where it has them. Two more options come from
+            here (or a group) alone, as in bitsandbytes: ``max_unorm``, the largest norm of a
+            parameter's update before ``lr`` as a multiple of the parameter's norm (0: no limit;
+            a parameter that is zero everywhere has none); and ``skip_zeros``, whether elements
+            with a gradient of zero are left as they are, decay and state included.
         min_8bit_size: parameters of fewer elements keep 32-bit state.
-        percentile_clipping: 100, which is no clipping; less is not implemented yet.
-        block_wise: True, one scale for each 256 elements; False is not implemented yet.
+        percentile_clipping: a whole number from 1 to 100. Each gradient is cut to this percentile
+            of its parameter's last 100 gradient norms (``gnorm_vec`` in the state, which the first
+            norm fills); 100 is no clipping.
+        block_wise: whether 8-bit state has a scale for each 256 elements; else each moment has one
+            for the whole parameter, as far as its largest value reaches down.
         is_paged: whether the state of parameters of at least 100,000 elements lives one tier below
             them, so that it need not fit beside the model: for CUDA parameters in managed memory
             that the driver moves, for CPU parameters in a file of ``QADAM_PAGE_DIR``. The bits are
@@ -54,6 +61,11 @@ class Adam(QAdam):
             of the parameter and of the state as it is, counts it in ``nonfinite_count`` and warns
             the first time. ``"propagate"`` does as torch: the parameter becomes NaN. ``"raise"``
             raises a ``RuntimeError`` before anything is written.
+        max_grad_norm: the norm that all gradients together are cut to before anything else, as
+            ``torch.nn.utils.clip_grad_norm_`` cuts them, but on the way into the step: gradients
+            stay as they are. None: no limit; infinity: only measured. Also an attribute, to be
+            changed at will. Elements that are skipped because they are not finite, or because the
+            step is not taken, count as 0.
         maximize: whether to go up the gradient.
         foreach, fused, capturable: accepted, as torch has them, and of no effect: a step is always
             fused, and always capturable.
@@ -64,7 +76,6 @@ class Adam(QAdam):
         ValueError: for a value out of range, naming the argument, the value and what is accepted.
         OSError: if paged state cannot have a file in ``QADAM_PAGE_DIR``.
         RuntimeError: if paged state is wanted on a CUDA device without managed memory.
-        NotImplementedError: for what is not implemented yet.
     """
 
     _decoupled = False
@@ -85,6 +96,7 @@ class Adam(QAdam):
         is_paged: bool = False,
         *,
         nonfinite: str = "skip",
+        max_grad_norm: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -106,6 +118,7 @@ class Adam(QAdam):
             block_wise=block_wise,
             is_paged=is_paged,
             nonfinite=nonfinite,
+            max_grad_norm=max_grad_norm,
             maximize=maximize,
             foreach=foreach,
             capturable=capturable,

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from qadam import _core, interop, layout, overrides, paging
 from qadam import state as qstate
-from qadam.options import check_options
+from qadam.options import DEFAULTS, check_options
 
 Group = dict[str, Any]
 
@@ -45,6 +45,7 @@ class QAdam(Optimizer):
         block_wise: bool,
         is_paged: bool,
         nonfinite: str,
+        max_grad_norm: float | None,
         maximize: bool,
         foreach: bool | None,
         capturable: bool,
@@ -55,17 +56,21 @@ class QAdam(Optimizer):
         own = {"optim_bits": optim_bits, "min_8bit_size": min_8bit_size}
         own |= {"percentile_clipping": percentile_clipping, "block_wise": block_wise}
         # as bitsandbytes has it: what `args` has replaces the keywords
-        own |= {name: getattr(args, name) for name in (*own, *_ONLY_ARGS) if hasattr(args, name)}
-        self._bits = self._resolve_bits(own["optim_bits"])
+        own |= {name: getattr(args, name) for name in DEFAULTS if hasattr(args, name)}
+        own["optim_bits"] = self._resolve_bits(own["optim_bits"])
         check_options(own)
-        self._min_8bit_size = own["min_8bit_size"]
+        self._own = {**DEFAULTS, **own}
         self._paged = bool(is_paged) or self._class_paged
         if nonfinite not in ("skip", "propagate", "raise"):
             msg = f'nonfinite must be "skip", "propagate" or "raise", got {nonfinite!r}'
             raise ValueError(msg)
         self._nonfinite = nonfinite
+        self.max_grad_norm = max_grad_norm
+        if max_grad_norm is not None:
+            _core.check_max_grad_norm(max_grad_norm)
+        self.grad_norm: Tensor | None = None
         self._base_lrs: list[float] = []
-        self._engine = _core.Engine(self._decoupled, nonfinite)
+        self._engine = self._new_engine()
         self._nonfinite_count = 0
         defaults: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"amsgrad": bool(amsgrad), "maximize": bool(maximize), "foreach": foreach}
@@ -73,6 +78,16 @@ class QAdam(Optimizer):
         # as torch has it: a saved AdamW is not taken for an Adam
         defaults["decoupled_weight_decay"] = self._decoupled or bool(decoupled_weight_decay)
         super().__init__(params, defaults)
+
+    def _new_engine(self) -> _core.Engine:
+        own = self._own
+        return _core.Engine(
+            self._decoupled,
+            self._nonfinite,
+            own["percentile_clipping"],
+            own["max_unorm"],
+            bool(own["skip_zeros"]),
+        )
 
     def _resolve_bits(self, optim_bits: int) -> int:
         if optim_bits not in (8, 32):
@@ -98,7 +113,6 @@ class QAdam(Optimizer):
             TypeError: for a parameter that is not a dense float32, bfloat16 or float16 tensor.
             OSError: if state is paged and ``QADAM_PAGE_DIR`` is no directory for it.
             RuntimeError: if state is paged and the device has no managed memory.
-            NotImplementedError: for an option that is not there yet.
         """
         if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
@@ -134,7 +148,7 @@ class QAdam(Optimizer):
             msg = "differentiable must be False, got True: steps run outside autograd"
             raise ValueError(msg)
         check_options(group)
-        for name in ("args", "nonfinite"):
+        for name in ("args", "nonfinite", "max_grad_norm"):
             if name in group:
                 msg = f"{name} is for all parameters of an optimizer: give it to the constructor"
                 raise ValueError(msg)
@@ -142,22 +156,26 @@ class QAdam(Optimizer):
     # The step.
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None) -> Any: ...  # noqa: ANN401 - None, or the norm
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Updates every parameter that has a gradient.
 
         Args:
             closure: reevaluates the model with gradients enabled and returns the loss.
 
         Returns:
-            What the closure returned, or None.
+            What the closure returned. Without a closure the norm that all gradients together had
+            before they were cut, where ``max_grad_norm`` is set, else None. The norm is a float32
+            tensor of no dimensions on their device, also kept as ``optimizer.grad_norm``; nothing
+            waits for it.
 
         Raises:
             TypeError: for a gradient that is not a dense float32, bfloat16 or float16 tensor.
-            ValueError: for a gradient of another shape or device than its parameter's.
+            ValueError: for a gradient of another shape or device than its parameter's, or for
+                gradients on several devices with ``max_grad_norm``.
             RuntimeError: for a gradient that is not finite, with ``nonfinite="raise"``.
 
             OSError: for paged state that cannot have a file, or was not written to it in an earlier
@@ -175,17 +193,29 @@ class QAdam(Optimizer):
         threads = torch.get_num_threads()
         own = overrides.overridden(self.param_groups, self._base_lrs)
         try:
+            clip = self._clip()
             count = self._engine.step(
-                self.param_groups, own, self.state, self._make_state, threads, self._amp()
+                self.param_groups, own, self.state, self._make_state, threads, self._amp(), clip
             )
         except BaseException:
             # GradScaler takes its word back only after a step that succeeds
             for name in ("grad_scale", "found_inf"):
                 self.__dict__.pop(name, None)
             raise
+        self.grad_norm = clip[1] if clip else None
         if count:
             self._report_nonfinite(count)
-        return loss
+        return self.grad_norm if closure is None else loss
+
+    def _clip(self) -> tuple[float, Tensor] | None:
+        """The norm that all gradients are cut to, and where to put the one that they had."""
+        if self.max_grad_norm is None:
+            return None
+        params = (param for group in self.param_groups for param in group["params"])
+        devices = (param.grad.device for param in params if param.grad is not None)
+        # others are no gradients' devices, as the engine will say
+        device = next((device for device in devices if device.type in ("cpu", "cuda")), "cpu")
+        return self.max_grad_norm, torch.zeros((), dtype=torch.float32, device=device)
 
     _step_supports_amp_scaling = True
     """For torch.amp.GradScaler: it leaves the scale of gradients, and whether they overflowed, to
@@ -235,8 +265,9 @@ class QAdam(Optimizer):
         for param, options in zip(params, self._options(params), strict=True):
             entry = self.state.get(param)
             stored = self._format_for(param, options)
-            if entry:  # its width stays
-                stored = stored._replace(bits=qstate.format_of(entry).bits)
+            if entry:  # its width stays, and whether it has a scale a block
+                old = qstate.format_of(entry)
+                stored = stored._replace(bits=old.bits, block_wise=old.block_wise)
             wanted.append((param, stored, options))
         made = {}
         for (param, stored, _), pages in zip(wanted, self._allocate(wanted), strict=True):
@@ -255,9 +286,14 @@ class QAdam(Optimizer):
         return [own.get(param, groups[id(param)]) for param in params]
 
     def _format_for(self, param: Tensor, options: Group) -> qstate.Format:
-        least = options.get("min_8bit_size", self._min_8bit_size)
-        is_8bit = options.get("optim_bits", self._bits) == 8 and param.numel() >= least
-        return qstate.Format(8 if is_8bit else 32, bool(options.get("amsgrad")))
+        own = {name: options.get(name, default) for name, default in self._own.items()}
+        is_8bit = own["optim_bits"] == 8 and param.numel() >= own["min_8bit_size"]
+        return qstate.Format(
+            8 if is_8bit else 32,
+            amsgrad=bool(options.get("amsgrad")),
+            block_wise=bool(own["block_wise"]) or not is_8bit,
+            history=own["percentile_clipping"] < 100,
+        )
 
     def _allocate(
         self, wanted: list[tuple[Tensor, qstate.Format, Group]]
@@ -292,7 +328,6 @@ class QAdam(Optimizer):
         Raises:
             KeyError, TypeError, ValueError: for another number of groups or parameters, or for
                 state that is damaged or does not fit; the message names the parameter and the key.
-            NotImplementedError: for options that are not there yet.
 
             The optimizer is then as it was.
         """
@@ -333,14 +368,15 @@ class QAdam(Optimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_bits", "_min_8bit_size", "_nonfinite", "_nonfinite_count", "_paged", "_base_lrs")
+        own = ("_own", "_nonfinite", "_nonfinite_count", "_paged", "_base_lrs")
+        own += ("max_grad_norm", "grad_norm")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.state.update(self._paged_copies(dict(self.state)))
         # the engine holds addresses: it never travels
-        self._engine = _core.Engine(self._decoupled, self._nonfinite)
+        self._engine = self._new_engine()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QAdam:
         copy = type(self).__new__(type(self))
@@ -394,8 +430,9 @@ class QAdam(Optimizer):
 
     def __repr__(self) -> str:
         width = "32-bit"
-        if self._bits == 8:
-            width = f"8-bit, 32-bit for tensors of less than {self._min_8bit_size} elements"
+        if self._own["optim_bits"] == 8:
+            least = self._own["min_8bit_size"]
+            width = f"8-bit, 32-bit for tensors of less than {least} elements"
         paged = f", paged for tensors of at least {paging.LEAST} elements" if self._paged else ""
         memory = paging.describe(self.memory())
         own = f'State: {width}{paged}\nMemory: {memory}\nnonfinite: "{self._nonfinite}"\n'
@@ -407,7 +444,3 @@ def _to_device(value: Tensor | None, device: torch.device) -> Tensor | None:
         return None
     # what comes to the CPU is read at once
     return value.detach().to(device, torch.float32, non_blocking=device.type != "cpu")
-
-
-_ONLY_ARGS = ("max_unorm", "skip_zeros")
-"""Options that bitsandbytes takes from ``args`` alone."""

@@ -1,15 +1,25 @@
 //! Parameter groups: their hyperparameters, as they are at this step.
 
-use pyo3::exceptions::{PyKeyError, PyNotImplementedError, PyValueError};
+use pyo3::exceptions::{PyKeyError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
+use qadam_core::clip::HISTORY;
 use qadam_core::{Decay, Hyper, NonFinite};
 
 use crate::tensor::{Device, Tensor, Torch};
 
-/// Flags that would change the update in ways that are not implemented yet, and what they may be.
-const LATER: [(&str, bool); 2] = [("skip_zeros", false), ("block_wise", true)];
+/// What an optimizer was given that holds for every group that does not say otherwise.
+#[derive(Debug, Clone, Copy)]
+pub struct Defaults {
+    pub decay: Decay,
+    /// The same for all groups.
+    pub nonfinite: NonFinite,
+    /// To which percentile of its history each gradient is cut, if it is.
+    pub percentile: Option<usize>,
+    pub max_unorm: f64,
+    pub skip_zeros: bool,
+}
 
 /// A group's hyperparameters.
 #[derive(Debug, Clone, Copy)]
@@ -17,6 +27,8 @@ pub struct Group {
     pub hyper: Hyper,
     /// Whether state has AMSGrad's moment.
     pub amsgrad: bool,
+    /// To which percentile of its history each gradient is cut, if it is.
+    pub percentile: Option<usize>,
     /// Device and address of a float32 learning rate that the device reads when the step runs.
     pub lr_address: Option<(Device, usize)>,
 }
@@ -24,32 +36,9 @@ pub struct Group {
 impl Group {
     /// Reads a group. As in torch, the ranges of what schedules change are checked when a group is
     /// added and not again: they may pass a little below zero.
-    pub fn read(
-        group: &Bound<'_, PyDict>,
-        index: usize,
-        decay: Decay,
-        nonfinite: NonFinite,
-    ) -> PyResult<Self> {
+    pub fn read(group: &Bound<'_, PyDict>, index: usize, defaults: &Defaults) -> PyResult<Self> {
         let py = group.py();
-        let later = |name: &str| {
-            let text = format!("{name} of group {index} is set; it is not implemented yet");
-            Err(PyNotImplementedError::new_err(text))
-        };
-        for (name, accepted) in LATER {
-            let flag = group.get_item(name)?;
-            if flag.is_some_and(|flag| flag.is_truthy().unwrap_or(!accepted) != accepted) {
-                return later(name);
-            }
-        }
-        let clipping = group.get_item("percentile_clipping")?;
-        if clipping.map_or(Ok(100.0), |clipping| clipping.extract::<f64>())? < 100.0 {
-            return later("percentile_clipping");
-        }
-        let max_unorm = group.get_item("max_unorm")?;
-        if max_unorm.map_or(Ok(0.0), |norm| norm.extract::<f64>())? > 0.0 {
-            return later("max_unorm");
-        }
-        for name in ["args", "nonfinite"] {
+        for name in ["args", "nonfinite", "max_grad_norm"] {
             if group.contains(name)? {
                 let text = format!(
                     "{name} of group {index} is set; it is for all parameters of an optimizer: \
@@ -58,10 +47,11 @@ impl Group {
                 return Err(PyValueError::new_err(text));
             }
         }
-        let flag = |name: &str| match group.get_item(name)? {
+        let flag_or = |name: &str, default: bool| match group.get_item(name)? {
             Some(value) => value.is_truthy(),
-            None => Ok(false),
+            None => Ok(default),
         };
+        let flag = |name: &str| flag_or(name, false);
         if flag("differentiable")? {
             let text = format!(
                 "differentiable of group {index} is True; False is accepted: steps run outside \
@@ -70,7 +60,7 @@ impl Group {
             return Err(PyValueError::new_err(text));
         }
         // as torch.optim.Adam obeys it, whatever the class
-        let decay = if flag("decoupled_weight_decay")? { Decay::Decoupled } else { decay };
+        let decay = if flag("decoupled_weight_decay")? { Decay::Decoupled } else { defaults.decay };
         let get = |name: &Bound<'_, PyString>| number(&name.to_string(), index, item(group, name)?);
         let betas = item(group, intern!(py, "betas"))?;
         let lr = item(group, intern!(py, "lr"))?;
@@ -83,12 +73,19 @@ impl Group {
                 eps: get(intern!(py, "eps"))?,
                 weight_decay: get(intern!(py, "weight_decay"))?,
                 decay,
-                nonfinite,
+                nonfinite: defaults.nonfinite,
                 maximize: flag("maximize")?,
-                skip_zeros: false,
-                max_unorm: 0.0,
+                skip_zeros: flag_or("skip_zeros", defaults.skip_zeros)?,
+                max_unorm: match group.get_item("max_unorm")? {
+                    Some(value) => max_unorm(index, value)?,
+                    None => defaults.max_unorm,
+                },
             },
             amsgrad: flag("amsgrad")?,
+            percentile: match group.get_item("percentile_clipping")? {
+                Some(value) => percentile(index, &value)?,
+                None => defaults.percentile,
+            },
             lr_address,
         })
     }
@@ -104,6 +101,31 @@ impl Group {
                 Err(PyValueError::new_err(text))
             }
             other => Ok(other.map(|(_, address)| address as u64)),
+        }
+    }
+}
+
+/// A limit of the update's norm.
+fn max_unorm(group: usize, value: Bound<'_, PyAny>) -> PyResult<f64> {
+    let number = number("max_unorm", group, value)?;
+    if number >= 0.0 {
+        return Ok(number);
+    }
+    let text = format!("max_unorm of group {group} is {number}; at least 0 is accepted");
+    Err(PyValueError::new_err(text))
+}
+
+/// A percentile of a gradient's history; 100 for none.
+fn percentile(group: usize, value: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
+    match value.extract::<usize>() {
+        Ok(HISTORY) => Ok(None),
+        Ok(percentile @ 1..HISTORY) => Ok(Some(percentile)),
+        _ => {
+            let text = format!(
+                "percentile_clipping of group {group} is {value}; a whole number from 1 to 100 is \
+                 accepted"
+            );
+            Err(PyValueError::new_err(text))
         }
     }
 }

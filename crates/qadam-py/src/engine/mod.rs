@@ -8,9 +8,11 @@
 //! * `run`: hands them to the devices;
 //! * `slot`: one parameter and its state;
 //! * `groups`: hyperparameters;
-//! * `amp`: what mixed precision's gradient scaler says.
+//! * `amp`: what mixed precision's gradient scaler says;
+//! * `clip`: how gradients are cut.
 
 mod amp;
+mod clip;
 mod groups;
 mod run;
 mod slot;
@@ -22,11 +24,14 @@ use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
+use qadam_core::clip::HISTORY;
 use qadam_core::cpu::{self, Backend};
 use qadam_core::{Decay, NonFinite};
 
 use crate::error::to_python;
 use amp::Amp;
+use clip::Shared;
+use groups::Defaults;
 use tensors::{Options, Tensors};
 
 /// Steps all tensors of an optimizer.
@@ -36,9 +41,15 @@ pub struct Engine(Mutex<Tensors>);
 #[pymethods]
 impl Engine {
     /// `decoupled`: whether weight decay is `AdamW`'s. `nonfinite`: `"skip"`, `"propagate"` or
-    /// `"raise"`.
+    /// `"raise"`. The others hold for every group that does not say otherwise.
     #[new]
-    fn new(decoupled: bool, nonfinite: &str) -> PyResult<Self> {
+    fn new(
+        decoupled: bool,
+        nonfinite: &str,
+        percentile_clipping: usize,
+        max_unorm: f64,
+        skip_zeros: bool,
+    ) -> PyResult<Self> {
         let nonfinite = match nonfinite {
             "skip" => NonFinite::Skip,
             "propagate" => NonFinite::Propagate,
@@ -50,7 +61,9 @@ impl Engine {
             }
         };
         let decay = if decoupled { Decay::Decoupled } else { Decay::Coupled };
-        Ok(Self(Mutex::new(Tensors::new(decay, nonfinite))))
+        let percentile = (percentile_clipping < HISTORY).then_some(percentile_clipping);
+        let defaults = Defaults { decay, nonfinite, percentile, max_unorm, skip_zeros };
+        Ok(Self(Mutex::new(Tensors::new(defaults))))
     }
 
     /// Updates every parameter of `groups` (an optimizer's `param_groups`) that has a gradient, on
@@ -60,7 +73,8 @@ impl Engine {
     /// optimizer's; `make_state(params)` must give each of `params` an entry that
     /// fits it. It is called only once all gradients have passed their checks. `amp` has, for each
     /// device of the parameters, the scale of the gradients and whether any is infinite, both float32
-    /// tensors of one element or None.
+    /// tensors of one element or None. `clip` is the norm that all gradients together are cut to, and
+    /// a float32 tensor of no dimensions on their device, which gets the norm that they had.
     #[expect(clippy::too_many_arguments, reason = "a step's; the caller is `_core`'s Python side")]
     fn step(
         &self,
@@ -71,6 +85,7 @@ impl Engine {
         make_state: &Bound<'_, PyAny>,
         threads: usize,
         amp: &Bound<'_, PyList>,
+        clip: Option<(f64, Bound<'_, PyAny>)>,
     ) -> PyResult<usize> {
         let backend = Backend::current().map_err(|error| to_python(&error))?;
         let threads = cpu::pool::threads(threads).map_err(|error| to_python(&error))?;
@@ -80,7 +95,8 @@ impl Engine {
         };
         let mut before = Vec::new();
         let amp = Amp::read(amp)?;
-        let options = Options { groups, overrides, amp: &amp };
+        let clip = clip.map(|(max_norm, norm)| Shared::read(max_norm, &norm)).transpose()?;
+        let options = Options { groups, overrides, amp: &amp, clip };
         let outcome = tensors.run(py, options, state, make_state, threads, backend, &mut before);
         if outcome.is_err() {
             // a step that failed leaves the state as it was
@@ -116,7 +132,7 @@ impl Engine {
         for slot in tensors.slots() {
             visit.call(&slot.param)?;
             visit.call(&slot.entry)?;
-            for tensor in slot.moments.iter().chain([&slot.count]) {
+            for tensor in slot.tensors() {
                 visit.call(&tensor.object)?;
             }
         }

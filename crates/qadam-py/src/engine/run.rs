@@ -1,12 +1,13 @@
 //! Runs the prepared steps, on every device that has some.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use pyo3::prelude::*;
 use qadam_core::cpu::{self, Backend};
 use qadam_core::cuda::{DeviceStep, Stepper, Work};
 use qadam_core::{Error, Result, TensorStep};
 
+use super::clip::Clip;
 use crate::error::to_python;
 use crate::tensor::Torch;
 
@@ -20,8 +21,8 @@ pub struct Wave {
 
 /// The steps of one device, and which of the pending gradients they belong to.
 pub struct Part<S> {
-    steps: Vec<S>,
-    pending: Vec<usize>,
+    pub steps: Vec<S>,
+    pub pending: Vec<usize>,
 }
 
 impl<S> Default for Part<S> {
@@ -107,7 +108,8 @@ impl Devices {
 /// # Safety
 /// The contracts of [`TensorStep::new`], [`cpu::run`] and [`Stepper::step`] hold for every wave.
 pub unsafe fn run(
-    waves: &[Wave],
+    waves: &mut [Wave],
+    clip: Option<&Clip>,
     devices: &mut Devices,
     threads: usize,
     backend: Backend,
@@ -118,26 +120,63 @@ pub unsafe fn run(
     if waves.len() > 1 || (waves.iter().any(has_cuda) && waves.iter().any(has_cpu)) {
         cpu::pool::start(threads)?; // later, something would have been written
     }
-    for wave in waves {
+    for wave in &*waves {
         cpu::check(&wave.cpu.steps).map_err(|error| wave.cpu.locate(error))?;
     }
     // SAFETY: this function's contract.
     unsafe {
         if raise {
-            for wave in waves {
+            for wave in &*waves {
                 count(wave, devices, threads)?;
             }
         }
+        let cut = match clip {
+            Some(clip) => {
+                measure_on_devices(waves, clip, devices)?;
+                Some(clip.cut(waves, backend, threads)?)
+            }
+            None => None,
+        };
         let mut nonfinite = 0;
-        for wave in waves {
+        for wave in &*waves {
             for (number, part) in &wave.cuda {
                 let device = devices.0.get_mut(number).expect("`open` was called for these waves");
                 device.stepper.step(&part.steps, device.stream)?;
             }
             nonfinite += cpu::run(&wave.cpu.steps, backend, threads)?;
         }
+        if let Some(cut) = cut {
+            cut.write();
+        }
         Ok(nonfinite)
     }
+}
+
+/// Enqueues the measuring of the gradients on each device, and tells the steps there how they will be
+/// cut.
+///
+/// # Safety
+/// As [`run`].
+unsafe fn measure_on_devices(waves: &mut [Wave], clip: &Clip, devices: &mut Devices) -> Result<()> {
+    let numbers: BTreeSet<usize> =
+        waves.iter().flat_map(|wave| wave.cuda.keys().copied()).collect();
+    for number in numbers {
+        let device = devices.0.get_mut(&number).expect("`open` was called for these waves");
+        let parts = waves.iter_mut().filter_map(|wave| wave.cuda.get_mut(&number));
+        let each = parts.flat_map(|part| part.pending.iter().copied().zip(&mut part.steps));
+        // the norm is a sum in the parameters' order
+        let in_order: BTreeMap<usize, &mut DeviceStep> = each.collect();
+        if clip.shared.is_none() && in_order.values().all(|step| step.percentile.is_none()) {
+            continue;
+        }
+        let steps: Vec<DeviceStep> = in_order.values().map(|step| (**step).clone()).collect();
+        // SAFETY: by contract.
+        let cuts = unsafe { device.stepper.clip(&steps, &clip.on_device(), device.stream)? };
+        for (step, cut) in in_order.into_values().zip(cuts) {
+            step.cut = Some(cut);
+        }
+    }
+    Ok(())
 }
 
 /// Returns [`Error::NonFiniteGradient`] for the first gradient of `wave` that is not finite.

@@ -4,6 +4,7 @@ use pyo3::exceptions::{PyKeyError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
+use qadam_core::clip::HISTORY;
 use qadam_core::cuda::DeviceState;
 use qadam_core::{BufferSpec, DType, Per, RawState, StateFormat, StateType, Walk, is_dense_like};
 
@@ -24,7 +25,18 @@ pub struct Slot {
     pub entry: Py<PyDict>,
     pub count: StateTensor,
     pub moments: Vec<StateTensor>,
+    /// The norms of its gradients, where they limit the next one.
+    pub history: Option<StateTensor>,
     pub format: StateFormat,
+}
+
+/// What a group asks of a parameter's state.
+#[derive(Clone, Copy)]
+pub struct Wanted {
+    /// AMSGrad's moment.
+    pub amsgrad: bool,
+    /// The history of its gradients' norms.
+    pub history: bool,
 }
 
 /// A tensor of the state.
@@ -49,17 +61,22 @@ impl Slot {
         param: &Tensor<'_>,
         walk: &Walk,
         entry: &Bound<'_, PyDict>,
-        amsgrad: bool,
+        wanted: Wanted,
     ) -> PyResult<Self> {
         let is_coded = entry.contains("exp_avg_code")?;
         let format = if is_coded { StateFormat::DYNAMIC8 } else { StateFormat::F32 };
-        let format = format.with_amsgrad(amsgrad);
+        let format = format.with_amsgrad(wanted.amsgrad);
+        let format = format.with_block_wise(is_block_wise(entry, format, walk.len())?);
         let (shape, strides) = param.geometry()?;
         let mut moments = Vec::new();
         for spec in format.buffers(walk.len()) {
             moments.push(StateTensor::new(index, &spec, param, &shape, &strides, entry)?);
         }
-        let count = BufferSpec { name: "step", dtype: StateType::F32, per: Per::Block, len: 1 };
+        let single = |name, len| {
+            let spec = BufferSpec { name, dtype: StateType::F32, per: Per::Tensor, len };
+            StateTensor::new(index, &spec, param, &shape, &strides, entry)
+        };
+        let history = if wanted.history { Some(single("gnorm_vec", HISTORY)?) } else { None };
         Ok(Self {
             param: param.object.clone().unbind(),
             device: param.device,
@@ -69,8 +86,9 @@ impl Slot {
             strides: param.strides.clone().unbind(),
             walk: walk.clone(),
             wave: 0,
-            count: StateTensor::new(index, &count, param, &shape, &strides, entry)?,
+            count: single("step", 1)?,
             moments,
+            history,
             format,
             entry: entry.clone().unbind(),
         })
@@ -83,10 +101,15 @@ impl Slot {
             .expect("`Slot::new` makes as many tensors as the format has")
     }
 
+    /// All tensors of the state.
+    pub fn tensors(&self) -> impl Iterator<Item = &StateTensor> {
+        self.moments.iter().chain([&self.count]).chain(&self.history)
+    }
+
     /// Addresses and sizes of the parameter and its state.
     pub fn memory(&self) -> impl Iterator<Item = (usize, usize)> {
         let param = (self.pointer, self.walk.param_span() * self.dtype.size());
-        let state = self.moments.iter().chain([&self.count]).map(|t| (t.pointer, t.bytes));
+        let state = self.tensors().map(|tensor| (tensor.pointer, tensor.bytes));
         std::iter::once(param).chain(state)
     }
 
@@ -98,8 +121,8 @@ impl Slot {
     }
 
     /// Whether everything is where it was when the slot was made, and what is needed.
-    pub fn is_current(&self, param: &Bound<'_, PyAny>, amsgrad: bool) -> PyResult<bool> {
-        if self.format.amsgrad != amsgrad {
+    pub fn is_current(&self, param: &Bound<'_, PyAny>, wanted: Wanted) -> PyResult<bool> {
+        if self.format.amsgrad != wanted.amsgrad || self.history.is_some() != wanted.history {
             return Ok(false);
         }
         let py = param.py();
@@ -116,7 +139,7 @@ impl Slot {
             return Ok(false);
         }
         let entry = self.entry.bind(py);
-        for tensor in self.moments.iter().chain([&self.count]) {
+        for tensor in self.tensors() {
             let Some(object) = entry.get_item(tensor.key.bind(py))? else {
                 return Ok(false);
             };
@@ -140,6 +163,18 @@ impl Slot {
         );
         Err(PyValueError::new_err(text))
     }
+}
+
+/// Whether `entry`, of this format but for that, has a scale a block rather than one in all.
+fn is_block_wise(entry: &Bound<'_, PyDict>, format: StateFormat, len: usize) -> PyResult<bool> {
+    let scales = |format: StateFormat| format.buffers(len).get(1).map_or(0, |spec| spec.len);
+    let (blocks, one) = (scales(format), scales(format.with_block_wise(false)));
+    if blocks == one {
+        return Ok(true);
+    }
+    let Some(scale) = entry.get_item("exp_avg_scale")? else { return Ok(true) };
+    let count = scale.call_method0(intern!(entry.py(), "numel"));
+    Ok(count.and_then(|count| count.extract::<usize>()).ok() != Some(one))
 }
 
 impl StateTensor {
@@ -200,7 +235,7 @@ impl StateTensor {
         }
         let pointer = Tensor::pointer_of(&object)?;
         let alignment = match param.device {
-            Device::Cuda(_) if spec.name != "step" => 16, // for vectors
+            Device::Cuda(_) if !matches!(spec.name, "step" | "gnorm_vec") => 16, // for vectors
             _ => size,
         };
         if !pointer.is_multiple_of(alignment) {

@@ -7,22 +7,22 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyTuple};
 use qadam_core::cpu::{self, Backend};
-use qadam_core::cuda::DeviceStep;
+use qadam_core::cuda::{DevicePercentile, DeviceStep};
 use qadam_core::rule::Coefficients;
-use qadam_core::{Decay, Hyper, NonFinite, TensorStep, Walk};
+use qadam_core::{Hyper, NonFinite, TensorStep, Walk};
 
 use super::amp::Amp;
-use super::groups::{Group, item};
+use super::clip::{Clip, Own, Shared};
+use super::groups::{Defaults, Group, item};
 use super::run::{self, Devices, Wave};
-use super::slot::{Slot, address};
+use super::slot::{Slot, Wanted, address};
 use crate::error::to_python;
 use crate::software::{self, Adopted};
 use crate::tensor::{Device, Tensor, Torch};
 
 /// What an engine knows of an optimizer's tensors.
 pub struct Tensors {
-    decay: Decay,
-    nonfinite: NonFinite,
+    defaults: Defaults,
     /// One for each parameter, in the order of the groups, once it has state.
     slots: Vec<Option<Slot>>,
     /// Keys and values of `optimizer.state`, by identity, when the slots were last current.
@@ -45,6 +45,8 @@ pub struct Options<'a, 'py> {
     pub overrides: &'a Bound<'py, PyDict>,
     /// What `torch.amp.GradScaler` says.
     pub amp: &'a Amp,
+    /// How all gradients together are cut, if they are.
+    pub clip: Option<Shared>,
 }
 
 /// A parameter and its entry in `optimizer.state`, if it had one.
@@ -63,15 +65,15 @@ struct Fresh<'py> {
     index: usize,
     param: Tensor<'py>,
     walk: Walk,
-    amsgrad: bool,
+    wanted: Wanted,
 }
 
 impl Tensors {
     /// Nothing known yet.
-    pub fn new(decay: Decay, nonfinite: NonFinite) -> Self {
+    pub fn new(defaults: Defaults) -> Self {
         let (slots, entries, arranged, taken) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let devices = Devices::default();
-        Self { decay, nonfinite, slots, entries, arranged, taken, waves: 1, devices }
+        Self { defaults, slots, entries, arranged, taken, waves: 1, devices }
     }
 
     /// The parameters that have state.
@@ -104,15 +106,18 @@ impl Tensors {
         before: &mut Vec<Before<'py>>,
     ) -> PyResult<usize> {
         let pending = self.gather(options, state, make_state, before)?;
-        let waves = self.prepare(py, &pending, options.amp)?;
+        let mut waves = self.prepare(py, &pending, options.amp)?;
+        let clip = self.clip(&pending, options.clip)?;
         self.devices.open(py, &waves)?;
-        let _adopted = self.adopt(&pending, options.amp)?;
-        let raise = self.nonfinite == NonFinite::Raise;
+        let _adopted = self.adopt(&pending, options)?;
+        let raise = self.defaults.nonfinite == NonFinite::Raise;
         let devices = &mut self.devices;
         // SAFETY: `gather` and `prepare` checked addresses, alignment, types, shapes, strides and
         // devices in this very call; `pending` and the slots keep the tensors alive; members of a
         // wave do not overlap; the streams are torch's current ones.
-        let outcome = py.detach(|| unsafe { run::run(&waves, devices, threads, backend, raise) });
+        let outcome = py.detach(|| unsafe {
+            run::run(&mut waves, clip.as_ref(), devices, threads, backend, raise)
+        });
         // `run` knows positions in `pending`, users know parameters
         let nonfinite = outcome
             .map_err(|error| to_python(&run::relabel(error, |index| pending[index].index)))?;
@@ -141,8 +146,9 @@ impl Tensors {
     }
 
     /// With the software device, declares what the pending steps may touch.
-    fn adopt(&self, pending: &[Pending<'_>], amp: &Amp) -> PyResult<Adopted> {
-        let mut ranges: Vec<_> = amp.addresses().map(|address| (address as usize, 4)).collect();
+    fn adopt(&self, pending: &[Pending<'_>], options: Options<'_, '_>) -> PyResult<Adopted> {
+        let values = options.amp.addresses().chain(options.clip.map(|shared| shared.norm));
+        let mut ranges: Vec<_> = values.map(|address| (address as usize, 4)).collect();
         for item in pending.iter().filter(|_| software::in_use()) {
             ranges.extend(self.slot(item.index).memory());
             ranges.push((item.grad.pointer, item.grad.span()? * item.grad.dtype.size()));
@@ -154,7 +160,7 @@ impl Tensors {
     /// Checks every gradient, then sees to it that every parameter with one has a current slot.
     fn gather<'py>(
         &mut self,
-        Options { groups, overrides, amp }: Options<'_, 'py>,
+        Options { groups, overrides, amp, .. }: Options<'_, 'py>,
         state: &Bound<'py, PyDict>,
         make_state: &Bound<'py, PyAny>,
         before: &mut Vec<Before<'py>>,
@@ -169,7 +175,7 @@ impl Tensors {
         let mut index = 0;
         for (group_index, group) in groups.iter().enumerate() {
             let group = group.cast_into::<PyDict>()?;
-            let read = Group::read(&group, group_index, self.decay, self.nonfinite)?;
+            let read = Group::read(&group, group_index, &self.defaults)?;
             let params = item(&group, intern!(py, "params"))?.cast_into::<PyList>()?;
             for (place, param) in params.iter().enumerate() {
                 if self.slots.len() == index {
@@ -181,7 +187,7 @@ impl Tensors {
                     let group = match own {
                         Some(own) => {
                             let own = own.cast_into::<PyDict>()?;
-                            Group::read(&own, group_index, self.decay, self.nonfinite)?
+                            Group::read(&own, group_index, &self.defaults)?
                         }
                         None => read,
                     };
@@ -192,8 +198,10 @@ impl Tensors {
                     let subject = || subject(&param, index, group_index, place);
                     let grad = Tensor::read_gradient(&grad)?
                         .map_err(|refusal| refusal.to_python(&format!("{} gradient", subject())))?;
+                    let history = group.percentile.is_some();
+                    let wanted = Wanted { amsgrad: group.amsgrad, history };
                     let known = self.slots[index].as_ref();
-                    if known.map_or(Ok(false), |slot| slot.is_current(&param, group.amsgrad))? {
+                    if known.map_or(Ok(false), |slot| slot.is_current(&param, wanted))? {
                         let slot = self.slot(index);
                         fits(&grad, slot.device, slot.shape.bind(py), subject)?;
                     } else {
@@ -204,7 +212,7 @@ impl Tensors {
                         let walk = Walk::new(&shape, &strides, &strides).map_err(|error| {
                             PyValueError::new_err(format!("{} {error}", subject()))
                         })?;
-                        fresh.push(Fresh { index, param: tensor, walk, amsgrad: group.amsgrad });
+                        fresh.push(Fresh { index, param: tensor, walk, wanted });
                     }
                     pending.push(Pending { index, grad, group });
                 }
@@ -235,11 +243,11 @@ impl Tensors {
         before: &mut Vec<Before<'py>>,
     ) -> PyResult<()> {
         let wanting = PyList::empty(state.py());
-        for Fresh { index, param, walk, amsgrad } in fresh {
+        for Fresh { index, param, walk, wanted } in fresh {
             let entry = state.get_item(&param.object)?;
             let fits = match &entry {
                 Some(entry) => {
-                    Slot::new(*index, param, walk, entry.cast::<PyDict>()?, *amsgrad).is_ok()
+                    Slot::new(*index, param, walk, entry.cast::<PyDict>()?, *wanted).is_ok()
                 }
                 None => false,
             };
@@ -252,9 +260,9 @@ impl Tensors {
             make_state.call1((wanting,))?;
         }
         let mut slots = Vec::with_capacity(fresh.len());
-        for Fresh { index, param, walk, amsgrad } in fresh {
+        for Fresh { index, param, walk, wanted } in fresh {
             let entry = item(state, &param.object)?.cast_into::<PyDict>()?;
-            slots.push((*index, Slot::new(*index, param, walk, &entry, *amsgrad)?));
+            slots.push((*index, Slot::new(*index, param, walk, &entry, *wanted)?));
         }
         for (index, slot) in slots {
             self.slots[index] = Some(slot);
@@ -273,7 +281,7 @@ impl Tensors {
             let bytes = slot.walk.param_span() * slot.dtype.size();
             params.push(slot.pointer..slot.pointer + bytes);
             ranges.push((slot.pointer..slot.pointer + bytes, index, false));
-            for tensor in slot.moments.iter().chain([&slot.count]) {
+            for tensor in slot.tensors() {
                 ranges.push((tensor.pointer..tensor.pointer + tensor.bytes, index, true));
             }
         }
@@ -322,6 +330,29 @@ impl Tensors {
                 Tensor::read(&copy)?.map_err(|refusal| refusal.to_python("a gradient's copy"))?;
         }
         Ok(())
+    }
+
+    /// How the pending gradients are cut; None where nothing is to be measured.
+    fn clip(&self, pending: &[Pending<'_>], shared: Option<Shared>) -> PyResult<Option<Clip>> {
+        let devices = pending.iter().map(|item| self.slot(item.index).device);
+        if let Some(shared) = &shared {
+            shared.check(devices)?;
+        }
+        let own = |item: &Pending<'_>| {
+            let slot = self.slot(item.index);
+            let (Some(history), Some(percentile)) = (&slot.history, item.group.percentile) else {
+                return Ok(None);
+            };
+            if slot.device != Device::Cpu {
+                return Ok(None); // the device has its own
+            }
+            let t = slot.next_step(item.index)?;
+            Ok(Some(Own { history: history.pointer, t, percentile }))
+        };
+        let own: Vec<_> = pending.iter().map(own).collect::<PyResult<_>>()?;
+        let is_asked = |item: &Pending<'_>| item.group.percentile.is_some();
+        let is_asked = shared.is_some() || pending.iter().any(is_asked);
+        Ok(is_asked.then_some(Clip { shared, own }))
     }
 
     /// What the core needs to update the pending parameters.
@@ -373,7 +404,12 @@ impl Tensors {
                 grad_scale,
                 found_inf,
                 cut: None,
-                percentile: None,
+                percentile: slot.history.as_ref().zip(item.group.percentile).map(
+                    |(history, percentile)| DevicePercentile {
+                        history: history.pointer as u64,
+                        percentile,
+                    },
+                ),
             };
             waves[slot.wave].cuda.entry(device).or_default().push(step, position);
         }
