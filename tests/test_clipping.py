@@ -4,10 +4,10 @@ import copy
 import math
 from types import SimpleNamespace
 
-import bitsandbytes
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.backends.default import ops as default_ops
 from conftest import frozen, give_grads, same_bits, train, twins
 from torch.amp import GradScaler
 from torch.nn import Parameter
@@ -117,7 +117,7 @@ def test_skipped_elements_are_no_part_of_the_norm_and_passed_ones_are():
     assert param.isnan().all()  # as clip_grad_norm_ has it
     optimizer, param = stepped(nonfinite="raise")
     before = frozen(optimizer)
-    with pytest.raises(RuntimeError, match="2 elements"):
+    with pytest.raises(RuntimeError, match="2 non-finite"):
         optimizer.step()
     assert frozen(optimizer) == before
 
@@ -210,7 +210,7 @@ def test_percentile_clipping_is_the_published_rule(options, percentile):
         mine.step()
         plain.step()
         assert all_same(ours, theirs), step
-    assert cut > 20 * (percentile < 99)
+    assert cut > 20 or percentile == 99  # the largest of 100 limits nothing
     for p, rule in zip(ours, published, strict=True):
         assert mine.state[p]["gnorm_vec"].numpy().tobytes() == rule.gnorm_vec.tobytes()
 
@@ -279,7 +279,7 @@ def test_a_refused_step_leaves_the_history():
     train(2, optimizer)
     before = frozen(optimizer)
     ours[1].grad[7] = math.nan
-    with pytest.raises(RuntimeError, match="gradient of parameter 1"):
+    with pytest.raises(RuntimeError, match="parameter 1 has 1 non-finite"):
         optimizer.step()
     assert frozen(optimizer) == before
 
@@ -310,23 +310,44 @@ def test_damaged_history_is_replaced_or_refused_before_anything_is_written(damag
 # Limits of the update.
 
 
+class BitsandbytesAdamW:
+    """The real package's rule for devices (backends/default), on CPU tensors.
+
+    Its CPU code (backends/cpu) compares the update before bias correction.
+    """
+
+    def __init__(self, params, lr, max_unorm):
+        self.param_groups = [{"params": params}]
+        self.lr, self.max_unorm, self.step_count = lr, max_unorm, 0
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
+    def step(self):
+        self.step_count += 1
+        for p, (m, v) in zip(self.param_groups[0]["params"], self.moments, strict=True):
+            squares = torch.zeros(1)
+            numbers = (0.9, 0.999, 1e-8, 1e-2, self.step_count, self.lr, 1.0, 3)
+            default_ops._optimizer_precondition_32bit(p.grad, p, m, v, squares, *numbers)
+            numbers = (0.9, 0.999, 0.0, 0.0, *numbers[2:])
+            default_ops._optimizer_update_32bit(
+                p.grad, p, m, v, squares, self.max_unorm, p.norm().item(), *numbers
+            )
+
+
 def test_max_unorm_is_what_bitsandbytes_does_at_32_bits():
-    """The real package, 20 steps; large parameters are not held back, small ones are."""
-    ours, theirs = twins((5000,), (70, 80), (300,))
-    for params in (ours, theirs):
-        params[0].data.mul_(1e-2)
-        params[2].data.mul_(1e-5)
-    args = SimpleNamespace(
-        optim_bits=32, min_8bit_size=4096, max_unorm=0.5, skip_zeros=False, percentile_clipping=100
-    )
-    mine = qadam.AdamW32bit(ours, lr=1e-2, args=args)
-    real = bitsandbytes.optim.AdamW32bit(theirs, lr=1e-2)
-    real.args.max_unorm = 0.5
-    free = twins((5000,), (70, 80), (300,))[0]
-    free[0].data.mul_(1e-2)
-    free[2].data.mul_(1e-5)
-    other = qadam.AdamW32bit(free, lr=1e-2)
-    train(20, mine, real, other)
+    """20 steps; large parameters are not held back, small ones are."""
+
+    def parameters():
+        params = twins((5000,), (70, 80), (300,))[0]
+        for param, size in zip(params, (1e-2, 1e2, 1e-5), strict=True):
+            param.data.mul_(size)
+        return params
+
+    ours, theirs, free = parameters(), parameters(), parameters()
+    mine = qadam.AdamW32bit(ours, lr=1e-2, args=SimpleNamespace(max_unorm=0.5))
+    real = BitsandbytesAdamW(theirs, lr=1e-2, max_unorm=0.5)
+    train(20, mine, real, qadam.AdamW32bit(free, lr=1e-2))
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     assert same_bits(ours[1].detach(), free[1].detach())
