@@ -21,8 +21,11 @@ def run(job):
 
 
 def train(job, device):
-    """The same on ``device``; what comes back is on the CPU."""
-    params = []
+    """The same on ``device``; what comes back is on the CPU.
+
+    Where all gradients are cut to a norm, a last "state" has the norms.
+    """
+    params, norms = [], []
     for values, stride in job["params"]:
         param = torch.empty_strided(values.shape, stride, dtype=values.dtype, device=device)
         params.append(param.copy_(values).requires_grad_())
@@ -34,6 +37,8 @@ def train(job, device):
                 gradient = gradient.to(device)
             param.grad = gradient
         optimizer.step()
+        if optimizer.grad_norm is not None:
+            norms.append(optimizer.grad_norm.cpu())
     keep = [p.detach().cpu().clone() for p in params]
     states = [
         {k: v.cpu().clone() if torch.is_tensor(v) else v for k, v in optimizer.state[p].items()}
@@ -41,7 +46,7 @@ def train(job, device):
         else {}
         for p in params
     ]
-    return keep, states
+    return keep, [*states, {"norms": torch.stack(norms)}] if norms else states
 
 
 @functools.cache

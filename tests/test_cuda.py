@@ -1,6 +1,10 @@
 """The CUDA path, from ``step()`` to the shipped PTX: on a GPU where there is one, else on the
 software device. Every result equals the CPU back end's bit for bit."""
 
+import contextlib
+import math
+from types import SimpleNamespace
+
 import cpu_reference
 import pytest
 import torch
@@ -79,6 +83,46 @@ def test_every_pairing_and_length_equals_the_cpu(device, name, param_dtype, grad
 def test_propagated_nans_equal_the_cpu(device, name):
     trouble = (float("nan"), float("inf"))
     assert_equals_cpu(job(name, [(700,)], trouble=trouble, nonfinite="propagate"), device)
+
+
+CUTS = {
+    "together": {"max_grad_norm": 3.0},
+    "measured only": {"max_grad_norm": math.inf},
+    "by history": {"percentile_clipping": 30},
+    "both": {"max_grad_norm": 1.0, "percentile_clipping": 50},
+    "updates": {"args": SimpleNamespace(max_unorm=1e-3)},
+    "zeros": {"args": SimpleNamespace(skip_zeros=True), "weight_decay": 0.1},
+    "one scale": {"block_wise": False},
+    "one scale, third moment": {"block_wise": False, "amsgrad": True},
+    "all": {
+        "max_grad_norm": 1.0,
+        "percentile_clipping": 50,
+        "block_wise": False,
+        "amsgrad": True,
+        "maximize": True,
+        "args": SimpleNamespace(max_unorm=1e-2, skip_zeros=True),
+    },
+}
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "propagate"])
+@pytest.mark.parametrize("options", list(CUTS.values()), ids=list(CUTS))
+@pytest.mark.parametrize("name", ["Adam", "AdamW8bit"])
+def test_cut_gradients_limited_updates_and_single_scales_equal_the_cpu(
+    device, name, options, nonfinite
+):
+    shapes = [(0,), (1,), (255,), (4097,), (90, 100), (64, 300)]
+    dtypes = (torch.float32, torch.bfloat16)
+    trouble = (float("nan"), float("inf"), 0.0)
+    options = {**options, "nonfinite": nonfinite}
+    this = job(name, shapes, dtypes=dtypes, trouble=trouble, steps=4, **options)
+    values = this["params"][-1][0]
+    this["params"][-1] = (values, (1, 64))  # stored by columns, its gradients by rows
+    for gradients in this["gradients"]:
+        gradients[3][:200] = 0.0
+    warned = pytest.warns(RuntimeWarning) if nonfinite == "skip" else contextlib.nullcontext()
+    with warned:
+        assert_equals_cpu(this, device)
 
 
 @pytest.mark.parametrize("name", ["AdamW", "AdamW8bit"])

@@ -4,6 +4,7 @@ left when one of them fails."""
 import copy
 import gc
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,6 +266,66 @@ def test_state_outlives_its_optimizer_and_is_freed_with_its_last_tensor(device, 
     del last
     gc.collect()
     assert json.loads(software.text("softgpu_leaks"))["managed_bytes"] == before
+
+
+CUTS = {
+    "together": ({"max_grad_norm": 0.1}, 3),
+    "by history": ({"percentile_clipping": 50}, 3),
+    "limited": ({"args": SimpleNamespace(max_unorm=1e-3)}, 3),
+    "one scale": ({"block_wise": False}, 3),
+    "all": (
+        {
+            "max_grad_norm": 0.1,
+            "percentile_clipping": 50,
+            "block_wise": False,
+            "args": SimpleNamespace(max_unorm=1e-3, skip_zeros=True),
+        },
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "launches"), list(CUTS.values()), ids=list(CUTS))
+def test_cutting_takes_two_launches_more_and_no_wait(device, software, options, launches):
+    params = [torch.ones(300 + n, device=device, requires_grad=True) for n in range(100)]
+    optimizer = qadam.AdamW8bit(params, min_8bit_size=0, **options)
+    for param in params:
+        param.grad = torch.full_like(param, 0.5)
+    for _ in range(3):
+        software.clear()
+        optimizer.step()
+        assert software.syncs() == 0
+        assert names(software).count("cuLaunchKernel") <= launches
+    software.clear()
+    optimizer.step()
+    work = ("cuLaunch", "cuMem", "cuEvent")
+    made = [call for call in names(software) if call.startswith(work)]
+    assert made.count("cuLaunchKernel") == launches
+    if "max_grad_norm" not in options:  # each step's norm has a place of its own
+        assert len(made) == launches, "nothing changed: nothing is uploaded"
+
+
+@pytest.mark.parametrize(("options", "launches"), list(CUTS.values()), ids=list(CUTS))
+@pytest.mark.parametrize("call", ["cuLaunchKernel", "cuMemcpyHtoDAsync_v2", "cuMemAlloc_v2"])
+def test_a_failed_call_of_a_cut_step_changes_nothing(device, software, options, launches, call):
+    for k in range(1, launches + 1):
+        params = [torch.ones(300 + n, device=device, requires_grad=True) for n in range(3)]
+        optimizer = qadam.AdamW8bit(params, min_8bit_size=0, **options)
+        for number in range(2):
+            for n, param in enumerate(params):
+                param.grad = torch.full_like(param, 0.1 * (number + n + 1))
+            before = [p.detach().clone() for p in params], states(optimizer)
+            software.fail(call, k, 2)
+            error = attempt(optimizer)
+            software.disarm()
+            if error is None:
+                continue
+            assert error.code == 2
+            after = [p.detach() for p in params], states(optimizer)
+            for got, want in zip(after, before, strict=True):
+                assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+            optimizer.step()
+        assert call != "cuLaunchKernel" or error is not None
 
 
 def test_the_gradient_scalers_word_is_read_on_the_device(device, software):
