@@ -5,6 +5,7 @@ import io
 import itertools
 import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,13 @@ TIER = "mapped" if SOFTWARE is None else "managed"
 """Where paged state is, for CPU parameters and for those of the software device."""
 SHAPES = [(100_000,), (3000,), (40, 50, 51), ()]
 """The first and the third are paged; of the others, one is large enough for 8 bits, if 4096 is."""
-WIDTHS = {"32": {}, "8": {"optim_bits": 8}, "mixed": {"optim_bits": 8, "min_8bit_size": 101_000}}
+WIDTHS = {
+    "32": {},
+    "8": {"optim_bits": 8},
+    "mixed": {"optim_bits": 8, "min_8bit_size": 101_000},
+    "cut": {"optim_bits": 8, "percentile_clipping": 20, "max_grad_norm": 1.0},
+    "measured": {"optim_bits": 8, "block_wise": False, "args": SimpleNamespace(max_unorm=1e-3)},
+}
 WIDTH = pytest.mark.parametrize("options", WIDTHS.values(), ids=WIDTHS)
 
 
@@ -127,14 +134,15 @@ def test_only_parameters_of_100_000_elements_are_paged(options):
     assert [tier == TIER for tier in tiers(paged)] == [False, True, True]
 
 
+@WIDTH
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("limit", [None, "0"])
-def test_any_number_of_threads_gives_the_same_bits(threads, limit, monkeypatch):
+def test_any_number_of_threads_gives_the_same_bits(threads, limit, options, monkeypatch):
     if limit is not None:
         monkeypatch.setenv("QADAM_PAGE_MEMORY", limit)
     before = torch.get_num_threads()
-    plain, paged = both((700_001,), (5000,), (300, 900), optim_bits=8)
+    plain, paged = both((700_001,), (5000,), (300, 900), **options)
     try:
         train(2, plain)
         torch.set_num_threads(threads)
