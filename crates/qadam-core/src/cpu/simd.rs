@@ -579,24 +579,25 @@ unsafe fn block8<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
             }
         }
         let (nonfinite, kept) = pass.counts(len, padded, c);
-        let (m_encoder, v_encoder, max_encoder) = match new_scales {
-            Some([m, v, max_v]) => (Encoder::new(m), Encoder::new(v), Encoder::new(max_v)),
+        let scales = match new_scales {
+            Some(scales) => scales,
             None if kept == len => return nonfinite,
             None => {
                 let keep = kept > 0;
-                let m = pass.m.encoder(m.scale, keep);
-                let v = pass.v.encoder(v.scale, keep);
-                let max_v = if AMSGRAD { pass.max_v.encoder(max_v.scale, keep) } else { v };
-                (m, v, max_v)
+                let third = if AMSGRAD { pass.max_v.renew(max_v.scale, keep) } else { 0.0 };
+                [pass.m.renew(m.scale, keep), pass.v.renew(v.scale, keep), third]
             }
         };
+        let m_encoder = Encoder::<L>::new(scales[0]);
+        let v_encoder = Encoder::<L>::new(scales[1]);
         for at in (0..padded).step_by(L::N) {
             L::store_codes(m_encoder.signed(L::load(new_m.add(at))), m.code.add(at));
             L::store_codes(v_encoder.unsigned(L::load(new_v.add(at))), v.code.add(at));
         }
         if AMSGRAD {
+            let encoder = Encoder::<L>::new(scales[2]);
             for at in (0..padded).step_by(L::N) {
-                L::store_codes(max_encoder.unsigned(L::load(new_max.add(at))), max_v.code.add(at));
+                L::store_codes(encoder.unsigned(L::load(new_max.add(at))), max_v.code.add(at));
             }
         }
         nonfinite
@@ -624,12 +625,12 @@ impl<L: Lanes> Range<L> {
         unsafe { self.max = L::max(self.max, L::abs(values)) };
     }
 
-    /// Writes the new scale, which with `keep` does not fall, and makes its encoder.
+    /// Writes the new scale, which with `keep` does not fall, and returns it.
     ///
     /// # Safety
     /// The pointer is valid; the caller enables the instruction set.
     #[inline(always)]
-    unsafe fn encoder(&self, scale: *mut f32, keep: bool) -> Encoder<L> {
+    unsafe fn renew(&self, scale: *mut f32, keep: bool) -> f32 {
         // SAFETY: this function's contract.
         unsafe {
             let mut max = L::reduce_max(self.max);
@@ -637,7 +638,7 @@ impl<L: Lanes> Range<L> {
                 max = max.max(block::usable_scale(*scale));
             }
             *scale = max;
-            Encoder::new(max)
+            max
         }
     }
 }
