@@ -4,7 +4,7 @@
 //! is rounded to f32: devices compute the same. Sums of squares are those of [`norm`](crate::norm).
 
 use crate::error::{Error, Result};
-use crate::ieee::Ieee;
+use crate::ieee;
 use crate::norm;
 
 /// How many gradient norms percentile clipping remembers.
@@ -13,8 +13,10 @@ pub const HISTORY: usize = 100;
 /// The sum of squares of gradients after each has been multiplied by `factor`.
 #[must_use]
 pub fn scaled(squares: f64, factor: f32) -> f64 {
-    let factor = f64::from(factor);
-    squares * (factor * factor)
+    ieee::compute(|| {
+        let factor = f64::from(factor);
+        squares * (factor * factor)
+    })
 }
 
 /// What gradients whose squares add up to `squares` are multiplied by so that their norm is at most
@@ -22,9 +24,10 @@ pub fn scaled(squares: f64, factor: f32) -> f64 {
 /// NaN if the norm is.
 #[must_use]
 pub fn global(squares: f64, max_norm: f64) -> f32 {
-    let _ieee = Ieee::enter();
-    let factor = max_norm / (squares.sqrt() + 1e-6);
-    if factor > 1.0 { 1.0 } else { factor as f32 }
+    ieee::compute(|| {
+        let factor = max_norm / (squares.sqrt() + 1e-6);
+        if factor > 1.0 { 1.0 } else { factor as f32 }
+    })
 }
 
 /// Enters the squared norm of step `t`, counted from 1, into a parameter's history, and returns what
@@ -39,12 +42,11 @@ pub fn global(squares: f64, max_norm: f64) -> f32 {
 /// If `percentile` is not less than [`HISTORY`].
 #[must_use]
 pub fn percentile(history: &mut [f32; HISTORY], t: u64, percentile: usize, squares: f64) -> f32 {
-    let _ieee = Ieee::enter();
     if !squares.is_finite() {
         return 1.0;
     }
-    let current = squares.min(f32::MAX.into()) as f32;
-    if history.iter().all(|&old| old == 0.0) {
+    let current = ieee::compute(|| squares.min(f32::MAX.into()) as f32);
+    if history.iter().all(|old| old.to_bits() == 0) {
         *history = [current; HISTORY];
     } else {
         history[(t % HISTORY as u64) as usize] = current;
@@ -83,7 +85,6 @@ pub struct Gradient<'a> {
 /// The norm is that of all gradients, multiplied by their factors, before they are cut.
 #[must_use]
 pub fn gradients(gradients: &mut [Gradient<'_>], max_norm: Option<f64>) -> (f64, Vec<f32>) {
-    let _ieee = Ieee::enter();
     let squares: Vec<f64> = gradients.iter().map(|g| scaled(g.squares, g.factor)).collect();
     let total = norm::total(&squares);
     let shared = max_norm.map_or(1.0, |max_norm| global(total, max_norm));
@@ -91,10 +92,16 @@ pub fn gradients(gradients: &mut [Gradient<'_>], max_norm: Option<f64>) -> (f64,
         let own = gradient.percentile.as_mut().map_or(1.0, |own| {
             percentile(own.history, own.t, own.percentile, scaled(squares, shared))
         });
-        shared * own
+        ieee::compute(|| shared * own)
     });
     let factors = factors.collect();
     (total.sqrt(), factors)
+}
+
+/// A norm as f32.
+#[must_use]
+pub fn rounded(norm: f64) -> f32 {
+    ieee::compute(|| norm as f32)
 }
 
 /// Checks the largest norm that gradients may have together.
@@ -115,10 +122,11 @@ pub fn check_max_grad_norm(max_norm: f64) -> Result<()> {
 /// stay zero for good. Norms that are not finite hold nothing back either.
 #[must_use]
 pub fn update(max_unorm: f64, param_squares: f64, update_squares: f64, correction: f64) -> f32 {
-    let _ieee = Ieee::enter();
-    let limit = max_unorm * param_squares.sqrt();
-    let norm = update_squares.sqrt() * correction;
-    if limit > 0.0 && limit < norm && norm.is_finite() { (limit / norm) as f32 } else { 1.0 }
+    ieee::compute(|| {
+        let limit = max_unorm * param_squares.sqrt();
+        let norm = update_squares.sqrt() * correction;
+        if limit > 0.0 && limit < norm && norm.is_finite() { (limit / norm) as f32 } else { 1.0 }
+    })
 }
 
 #[cfg(test)]

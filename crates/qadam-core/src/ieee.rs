@@ -4,17 +4,34 @@
 //! that; the bits of a step must not depend on it. On processors other than x86-64 and AArch64, where
 //! torch does not offer it, nothing is done.
 
+use std::hint::black_box;
+
 /// While it lives, this thread rounds to nearest even and keeps subnormals.
 pub(crate) struct Ieee {
     saved: control::Word,
 }
 
 impl Ieee {
+    /// For work whose results are in memory before this ends; for values there is [`compute`].
     pub(crate) fn enter() -> Self {
         let saved = control::get();
         control::set(control::IEEE);
         Self { saved }
     }
+}
+
+/// What `work` returns, computed in IEEE arithmetic.
+///
+/// The compiler does not know that arithmetic depends on a control register, and moves what has no
+/// effect on memory across a change of it. It cannot here: what goes in and what comes out are opaque
+/// to it.
+pub(crate) fn compute<T>(work: impl FnOnce() -> T) -> T {
+    #[inline(never)]
+    fn call<T>(work: impl FnOnce() -> T) -> T {
+        work()
+    }
+    let _ieee = Ieee::enter();
+    black_box(call(black_box(work)))
 }
 
 impl Drop for Ieee {

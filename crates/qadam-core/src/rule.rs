@@ -26,7 +26,7 @@
 //! * Decoupled decay is `fma(-lr * weight_decay, p, p)`, so `1 - lr * weight_decay` is not rounded.
 
 use crate::error::{Error, Result};
-use crate::ieee::Ieee;
+use crate::ieee;
 
 /// How weight decay enters the update.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,7 +158,10 @@ impl Coefficients {
     /// The coefficients of step `t`, counted from 1, for gradients as they are.
     #[must_use]
     pub fn new(hyper: &Hyper, t: u64) -> Self {
-        let _ieee = Ieee::enter(); // a subnormal coefficient stays one
+        ieee::compute(|| Self::computed(hyper, t)) // a subnormal coefficient stays one
+    }
+
+    fn computed(hyper: &Hyper, t: u64) -> Self {
         let c1 = 1.0 - power(hyper.beta1, t);
         let root_c2 = (1.0 - power(hyper.beta2, t)).sqrt();
         let (l2, shrink) = match hyper.decay {
@@ -187,22 +190,19 @@ impl Coefficients {
     /// [`check_grad_scale`] refuses can make every gradient non-finite.
     #[must_use]
     pub fn with_grad_scale(self, scale: f32) -> Self {
-        let _ieee = Ieee::enter(); // a subnormal factor stays one
-        self.with_factor(inverse(scale))
+        self.with_factor(ieee::compute(|| inverse(scale))) // a subnormal factor stays one
     }
 
     /// The same for gradients that are multiplied by `factor` besides, as clipping does.
     #[must_use]
     pub fn with_factor(self, factor: f32) -> Self {
-        let _ieee = Ieee::enter();
-        Self { factor: self.factor * factor, ..self }
+        Self { factor: ieee::compute(|| self.factor * factor), ..self }
     }
 
     /// The same with updates multiplied by `scale`; decoupled decay is not.
     #[must_use]
     pub fn with_update_scale(self, scale: f32) -> Self {
-        let _ieee = Ieee::enter();
-        Self { step: self.step * scale, ..self }
+        Self { step: ieee::compute(|| self.step * scale), ..self }
     }
 }
 
@@ -215,9 +215,11 @@ fn inverse(scale: f32) -> f32 {
 /// # Errors
 /// [`Error::Hyperparameter`] unless it and its inverse are finite and positive.
 pub fn check_grad_scale(scale: f32) -> Result<()> {
-    let _ieee = Ieee::enter();
-    let inverse = inverse(scale);
-    if scale.is_finite() && inverse.is_finite() && inverse > 0.0 {
+    let is_usable = || {
+        let inverse = inverse(scale);
+        scale.is_finite() && inverse.is_finite() && inverse > 0.0
+    };
+    if ieee::compute(is_usable) {
         return Ok(());
     }
     let accepted = "a finite number greater than 0, and so its inverse";

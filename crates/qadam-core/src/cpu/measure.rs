@@ -10,6 +10,7 @@ use super::{Backend, run};
 use crate::clip;
 use crate::codec::block::usable_scale;
 use crate::error::Result;
+use crate::ieee;
 use crate::norm::{self, Lanes};
 use crate::tensor::{RawState, TensorStep};
 
@@ -133,7 +134,8 @@ unsafe fn of_tensor(step: &TensorStep, chunks: &[Found]) -> Measured {
                 // SAFETY: this function's contract; the tensor has an element, so there is a scale.
                 let old = unsafe { usable_scale(*moment.scale) };
                 let largest = chunks.iter().map(|found| found.largest[index]);
-                *scale = largest.fold(if keeps { old } else { 0.0 }, f32::max);
+                let least = if keeps { old } else { 0.0 };
+                *scale = ieee::compute(|| largest.fold(least, f32::max));
             }
             Some(scales)
         }

@@ -146,7 +146,7 @@ impl Clip {
         let histories = histories.into_iter().flatten();
         Ok(Outcome {
             histories: histories.map(|(own, history)| (own.history, history)).collect(),
-            norm: shared.map(|shared| (shared.norm as usize, norm as f32)),
+            norm: shared.map(|shared| (shared.norm as usize, clip::rounded(norm))),
         })
     }
 }
