@@ -29,7 +29,7 @@ mod _core {
     #[pymodule_export]
     use super::paging::{check_paging, initialise_pages, memory_tier, page_state, settle_pages};
     #[pymodule_export]
-    use super::quantize::{decode_blocks, dynamic_map, encode_blocks};
+    use super::quantize::{decode_blocks, dynamic_map, encode_blocks, encode_tensor};
     #[pymodule_export]
     use super::software::use_software_device;
     #[pymodule_export]

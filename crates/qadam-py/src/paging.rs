@@ -81,21 +81,20 @@ pub fn check_paging(like: &Bound<'_, PyAny>) -> PyResult<()> {
 }
 
 /// Paged memory for the state of parameters on `like`'s device: for each length in elements, width in
-/// bits and whether there is AMSGrad's moment, uint8 vectors under the names of its buffers. In a file they are
-/// zero, in managed memory arbitrary.
+/// bits, whether there is AMSGrad's moment and whether 8-bit codes have a scale a block, uint8 vectors
+/// under the names of its buffers. In a file they are zero, in managed memory arbitrary.
 #[pyfunction]
 pub fn page_state<'py>(
     py: Python<'py>,
     like: &Bound<'py, PyAny>,
-    params: Vec<(usize, u32, bool)>,
+    params: Vec<(usize, u32, bool, bool)>,
 ) -> PyResult<Vec<Bound<'py, PyDict>>> {
     let device = device_of(like)?;
-    let format = |bits, amsgrad| {
+    let with_format = |(len, bits, amsgrad, block_wise)| {
         let code = if bits == 8 { StateFormat::DYNAMIC8 } else { StateFormat::F32 };
-        code.with_amsgrad(amsgrad)
+        (code.with_amsgrad(amsgrad).with_block_wise(block_wise), len)
     };
-    let params: Vec<_> =
-        params.into_iter().map(|(len, bits, amsgrad)| (format(bits, amsgrad), len)).collect();
+    let params: Vec<_> = params.into_iter().map(with_format).collect();
     let arena = py.detach(|| Arena::new(device, &params)).map_err(|error| to_python(&error))?;
     let mut made = Vec::with_capacity(params.len());
     for (&(format, len), buffers) in params.iter().zip(arena.extents().buffers()) {

@@ -121,6 +121,30 @@ pub fn encode_blocks(
     Ok(())
 }
 
+/// Encodes `values` (float32, n) into `codes` (uint8, n) with one scale for all of them, which goes into
+/// `scales` (float32, one element, or none where n is 0). Codes as in [`encode_blocks`].
+#[pyfunction]
+pub fn encode_tensor(
+    values: &Bound<'_, PyAny>,
+    codes: &Bound<'_, PyAny>,
+    scales: &Bound<'_, PyAny>,
+    signed: bool,
+) -> PyResult<()> {
+    let (values, n) = vector("values", values, "float32", None)?;
+    let (codes, _) = vector("codes", codes, "uint8", Some(n))?;
+    let (scales, count) = vector("scales", scales, "float32", Some(n.min(1)))?;
+    apart(values, 4 * n, codes, n)?;
+    apart(values, 4 * n, scales, 4 * count)?;
+    apart(codes, n, scales, 4 * count)?;
+    // SAFETY: as in `encode_blocks`.
+    unsafe {
+        let (codes, scales) = (slice_mut(codes, n), slice_mut(scales, count));
+        let scale = block::encode_tensor(slice(values, n), sign(signed), codes);
+        scales.fill(scale);
+    }
+    Ok(())
+}
+
 /// Decodes `codes` (uint8, n) with `scales` (float32, one for each 256 elements) into `values`
 /// (float32, n).
 #[pyfunction]

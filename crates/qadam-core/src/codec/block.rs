@@ -104,6 +104,18 @@ pub fn encode_blocks(values: &[f32], sign: Sign, codes: &mut [u8], scales: &mut 
     }
 }
 
+/// Encodes `values`, however many, with one scale for them all, and returns it: their largest finite
+/// magnitude, 0 if there are none.
+///
+/// # Panics
+/// If `codes` is not as long as `values`.
+pub fn encode_tensor(values: &[f32], sign: Sign, codes: &mut [u8]) -> f32 {
+    let _ieee = Ieee::enter();
+    let scale = largest(values, 0.0);
+    encode_scaled(values, sign, scale, codes);
+    scale
+}
+
 /// Decodes `codes` block by block.
 ///
 /// # Panics
@@ -150,6 +162,23 @@ mod tests {
         let (decoded, scales) = round_trip(&values, Sign::Signed);
         assert_eq!(scales, [1.0, 1e-20]);
         assert_eq!(decoded, values);
+    }
+
+    #[test]
+    fn one_scale_serves_values_of_any_number() {
+        let mut values: Vec<f32> = (0..1000_u16).map(|i| f32::from(i) - 300.0).collect();
+        values.extend([f32::NAN, f32::INFINITY, -f32::INFINITY]);
+        for sign in [Sign::Signed, Sign::Unsigned] {
+            let mut codes = vec![99; values.len()];
+            assert_eq!(encode_tensor(&values, sign, &mut codes), 699.0);
+            let mut beside_the_largest = [0; 2];
+            for (&value, &code) in values.iter().zip(&codes) {
+                let scale = encode_block(&[value, 699.0], sign, 0.0, &mut beside_the_largest);
+                assert_eq!((scale, beside_the_largest[0]), (699.0, code), "{sign:?} {value}");
+            }
+        }
+        assert_eq!(encode_tensor(&[], Sign::Signed, &mut []), 0.0);
+        assert_eq!(encode_tensor(&[f32::NAN], Sign::Signed, &mut [0]), 0.0);
     }
 
     #[test]
