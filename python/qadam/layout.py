@@ -31,7 +31,13 @@ MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))
 AMSGRAD = ("max_exp_avg_sq", False)
 """The third moment, which state of AMSGrad has: the largest second moment so far."""
 
-KEYS = {"step", "memory_order"} | {
+HISTORY = "gnorm_vec"
+"""The key of the squared norms of a parameter's last gradients, which percentile clipping has."""
+
+NORMS = torch.Size([100])
+"""The shape of the history: that of step t is at t % 100."""
+
+KEYS = {"step", "memory_order", HISTORY} | {
     name + part for name, _ in (*MOMENTS, AMSGRAD) for part in ("", "_code", "_scale")
 }
 """What an entry may hold that means something to qadam."""
@@ -54,9 +60,20 @@ def is_coded(entry: Entry) -> bool:
     return any(f"{name}_{part}" in entry for name, _ in MOMENTS for part in ("code", "scale"))
 
 
-def blocks(shape: torch.Size) -> int:
+def is_block_wise(entry: Entry) -> bool:
+    """Whether codes have a scale a block, rather than one for the whole tensor.
+
+    Where they are at most one block there is no difference, and without codes neither: True.
+    """
+    codes, scales = (entry.get(f"{MOMENTS[0][0]}_{part}") for part in ("code", "scale"))
+    if not isinstance(codes, Tensor) or not isinstance(scales, Tensor):
+        return True
+    return codes.numel() <= BLOCK or scales.numel() != 1
+
+
+def scale_count(shape: torch.Size, block_wise: bool) -> int:
     """How many scales a moment of this shape has."""
-    return -(-shape.numel() // BLOCK)
+    return -(-shape.numel() // BLOCK) if block_wise else min(shape.numel(), 1)
 
 
 def row_major(shape: Sequence[int]) -> Order:
@@ -156,6 +173,29 @@ def read_scales(entry: Entry, key: str, lengths: Sequence[int], where: str) -> T
     return scales
 
 
+def read_coded(entry: Entry, name: str, shape: torch.Size, where: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the moment ``name``, on the CPU: a scale a block, or a single one.
+
+    Within an entry all moments must have the one or the other.
+    """
+    codes = read_codes(entry, f"{name}_code", shape, where)
+    key, first = f"{name}_scale", f"{MOMENTS[0][0]}_scale"
+    lengths = [scale_count(shape, block_wise) for block_wise in (True, False)]
+    scales = read_scales(entry, key, lengths, where)
+    others = get(entry, first, where)
+    if isinstance(others, Tensor) and others.shape != scales.shape:
+        got = f"{key!r} has shape {tuple(scales.shape)}, {first!r} {tuple(others.shape)}"
+        accepted = "a scale a block everywhere, or one scale everywhere, is accepted"
+        msg = f"{where}: {got}; {accepted}"
+        raise ValueError(msg)
+    return codes, scales
+
+
+def read_history(entry: Entry, where: str) -> Tensor:
+    """The squared norms of the last gradients: float32, on the CPU."""
+    return read_values(entry, HISTORY, NORMS, False, where)
+
+
 def shape(entry: Entry, where: str) -> torch.Size:
     """The shape that an entry of any width has: that of its first moment."""
     key = MOMENTS[0][0] + ("_code" if is_coded(entry) else "")
@@ -172,8 +212,7 @@ def values(entry: Entry, name: str, signed: bool, where: str) -> Tensor:
     if not is_coded(entry):
         return read_values(entry, name, of, signed, where)
     order = read_order(entry, of, where)
-    codes = read_codes(entry, f"{name}_code", of, where)
-    scales = read_scales(entry, f"{name}_scale", [blocks(of)], where)
+    codes, scales = read_coded(entry, name, of, where)
     return decode(codes, scales, order, signed)
 
 
@@ -273,20 +312,46 @@ def _on_cpu(tensor: Tensor, shapes: Sequence[torch.Size], key: str, where: str) 
 
 
 def decode(codes: Tensor, scales: Tensor, order: Order, signed: bool) -> Tensor:
-    """Values of the codes' shape, whose blocks are consecutive in ``order``."""
+    """Values of the codes' shape: a scale a block, consecutive in ``order``, or a single one."""
     ordered = _permuted(codes, order)
+    if len(scales) == 1:
+        scales = scales.expand(scale_count(codes.shape, True))
     values = torch.empty(ordered.shape, dtype=torch.float32, device="cpu")
     _core.decode_blocks(ordered.view(-1), scales.contiguous(), values.view(-1), signed)
     return _permuted_back(values, order)
 
 
-def encode(values: Tensor, order: Order, signed: bool) -> tuple[Tensor, Tensor]:
-    """Codes of the shape of ``values``, in blocks consecutive in ``order``, and their scales."""
+def encode(
+    values: Tensor, order: Order, signed: bool, block_wise: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Codes of the shape of ``values``, and their scales.
+
+    A scale is the largest magnitude of a block, consecutive in ``order``, or of all values.
+    """
     ordered = _permuted(values, order)
     codes = torch.empty(ordered.shape, dtype=torch.uint8, device="cpu")
-    scales = torch.empty(blocks(values.shape), dtype=torch.float32, device="cpu")
-    _core.encode_blocks(ordered.view(-1), codes.view(-1), scales, signed)
+    count = scale_count(values.shape, block_wise)
+    scales = torch.empty(count, dtype=torch.float32, device="cpu")
+    encode_flat = _core.encode_blocks if block_wise else _core.encode_tensor
+    encode_flat(ordered.view(-1), codes.view(-1), scales, signed)
     return _permuted_back(codes, order), scales
+
+
+def recode(
+    codes: Tensor, scales: Tensor, old: Order, new: Order, signed: bool, block_wise: bool
+) -> tuple[Tensor, Tensor]:
+    """``codes`` and ``scales`` of the memory order ``old`` in ``new``, maybe the same tensors.
+
+    With a scale a block if ``block_wise``, else with one. Codes stay as they are where no value
+    changes its scale: where neither the order nor the number of scales does, and where there is but
+    one scale, or all are equal.
+    """
+    count = scale_count(codes.shape, block_wise)
+    if (old == new and len(scales) == count) or len(scales) == 0:
+        return codes, scales
+    if (scales == scales[0]).all():
+        return codes, scales[:1].expand(count)
+    return encode(decode(codes, scales, old, signed), new, signed, block_wise)
 
 
 def _permutation(dims: int, order: Order) -> list[int]:

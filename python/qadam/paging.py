@@ -33,7 +33,10 @@ def allocate(wanted: Sequence[tuple[Tensor, Format]]) -> list[Pages | None]:
         if param.numel() >= LEAST:
             devices[param.device].append(position)
     for positions in devices.values():
-        sizes = [(param.numel(), *stored) for param, stored in map(wanted.__getitem__, positions)]
+        sizes = [
+            (param.numel(), stored.bits, stored.amsgrad, stored.block_wise)
+            for param, stored in map(wanted.__getitem__, positions)
+        ]
         made = _core.page_state(wanted[positions[0]][0], sizes)
         for position, of_param in zip(positions, made, strict=True):
             pages[position] = of_param

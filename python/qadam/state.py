@@ -4,12 +4,15 @@
 (float32).
 
 8 bits: ``exp_avg_code`` and ``exp_avg_sq_code`` (uint8, the parameter's shape), ``exp_avg_scale``
-and ``exp_avg_sq_scale`` (float32, one for each block of 256 elements), and ``memory_order`` (int64,
-on the CPU), the dimensions of more than one element from the outermost to the innermost in memory:
-blocks are consecutive in that order. It is written down because strides do not survive every
-serializer.
+and ``exp_avg_sq_scale`` (float32, one for each block of 256 elements, or with ``block_wise=False``
+one for all), and ``memory_order`` (int64, on the CPU), the dimensions of more than one element from
+the outermost to the innermost in memory: blocks are consecutive in that order. It is written down
+because strides do not survive every serializer.
 
 With AMSGrad there is a third moment, ``max_exp_avg_sq``, stored as the second is.
+
+With percentile clipping: ``gnorm_vec`` (float32, of shape (100,)), the squared norms of the last
+100 gradients, that of step t at t % 100; on the parameter's device, never paged.
 
 All: ``step`` (float32, no dimensions), how many updates the parameter has had; on CUDA the device
 counts it, so that a captured graph goes on counting.
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from qadam import _core, layout
 from qadam.interop import to_bitsandbytes, to_torch
-from qadam.layout import AMSGRAD, KEYS, MOMENTS, Entry, Order
+from qadam.layout import AMSGRAD, HISTORY, KEYS, MOMENTS, NORMS, Entry, Order
 
 __all__ = [
     "MOMENTS",
@@ -52,6 +55,10 @@ class Format(NamedTuple):
     """32 or 8."""
     amsgrad: bool = False
     """Whether there is AMSGrad's moment."""
+    block_wise: bool = True
+    """Whether 8-bit codes have a scale a block, rather than one for the whole tensor."""
+    history: bool = False
+    """Whether there are the norms of the last gradients, for percentile clipping."""
 
     @property
     def moments(self) -> tuple[tuple[str, bool], ...]:
@@ -71,28 +78,40 @@ def zeros(param: Tensor, stored: Format, pages: Pages | None = None) -> Entry:
     if stored.bits == 8:
         order = torch.tensor(memory_order(param), dtype=torch.int64, device="cpu")
         entry["memory_order"] = order
+    if stored.history:
+        entry[HISTORY] = _no_norms(param)
     for name, signed in stored.moments:
-        entry |= _zero(param, name, signed, stored.bits, pages)
+        entry |= _zero(param, name, signed, stored, pages)
     return entry
 
 
-def _zero(param: Tensor, name: str, signed: bool, bits: int, pages: Pages | None) -> Entry:
+def _no_norms(param: Tensor) -> Tensor:
+    """The history of a parameter that has had no gradient."""
+    return torch.zeros(NORMS, dtype=torch.float32, device=param.device)
+
+
+def _zero(param: Tensor, name: str, signed: bool, stored: Format, pages: Pages | None) -> Entry:
     """A moment that is 0 everywhere."""
-    if bits == 32:
-        return {name: _initial(param, name, torch.float32, 0, pages)}
+    if stored.bits == 32:
+        return {name: _initial(param, name, torch.float32, 0, stored, pages)}
     code, scale = f"{name}_code", f"{name}_scale"
     code_of_zero = 127 if signed else 0
     return {
-        code: _initial(param, code, torch.uint8, code_of_zero, pages),
-        scale: _initial(param, scale, torch.float32, 0, pages),
+        code: _initial(param, code, torch.uint8, code_of_zero, stored, pages),
+        scale: _initial(param, scale, torch.float32, 0, stored, pages),
     }
 
 
 def _initial(
-    param: Tensor, name: str, dtype: torch.dtype, value: int, pages: Pages | None
+    param: Tensor,
+    name: str,
+    dtype: torch.dtype,
+    value: int,
+    stored: Format,
+    pages: Pages | None,
 ) -> Tensor:
     """A tensor of the state, each of its bytes ``value``."""
-    tensor = _empty(param, name, dtype, pages)
+    tensor = _empty(param, name, dtype, stored, pages)
     if pages is None:
         return tensor.fill_(value)
     _core.initialise_pages(pages[name], value)
@@ -100,9 +119,10 @@ def _initial(
 
 
 def format_of(entry: Entry) -> Format:
-    """How ``entry`` is stored."""
+    """How ``entry`` is stored. A single block of codes counts as block-wise."""
     bits = 8 if "exp_avg_code" in entry else 32
-    return Format(bits, AMSGRAD in layout.moments(entry))
+    amsgrad = AMSGRAD in layout.moments(entry)
+    return Format(bits, amsgrad, layout.is_block_wise(entry), HISTORY in entry)
 
 
 def fit(
@@ -110,19 +130,22 @@ def fit(
 ) -> Entry:
     """A copy of ``entry`` for ``param``, ``stored`` so and in its memory order.
 
-    The copy is exact wherever width and order are those of ``entry`` already. AMSGrad's moment
-    begins at 0 where ``entry`` has none, and is left out where it is not wanted.
+    The copy is exact wherever width, order and the number of scales are those of ``entry`` already.
+    Codes of a single scale, or of equal ones, stay as they are in any order and whatever the number
+    of scales is to be. AMSGrad's moment begins at 0 where ``entry`` has none, and is left out where
+    it is not wanted; so does and is the history of norms.
 
     Args:
-        entry: state of a parameter of the same shape, of any width and memory order.
+        entry: state of a parameter of the same shape, of any width, memory order and number of
+            scales.
         param: the parameter that the state is for.
         stored: how the copy is stored.
         where: what messages call the parameter.
         pages: memory for the copy, if it is to be paged.
 
     Raises:
-        ValueError: if a key is missing, or a tensor has another shape or dtype, or a scale is
-            negative or not finite; the message names the key.
+        ValueError: if a key is missing, or a tensor has another shape or dtype, or a scale or a
+            norm is negative or not finite; the message names the key.
     """
     if not isinstance(entry, dict):
         msg = f"{where}: the state is {type(entry).__name__}; a dict is accepted"
@@ -134,26 +157,29 @@ def fit(
     fitted["step"] = layout.read_step(entry, where).to(param.device)
     if bits == 8:
         fitted["memory_order"] = torch.tensor(new, dtype=torch.int64, device="cpu")
+    if stored.history:
+        fitted[HISTORY] = _no_norms(param)
+        if HISTORY in entry:
+            fitted[HISTORY].copy_(layout.read_history(entry, where))
     for name, signed in stored.moments:
         if (name, signed) not in layout.moments(entry):
-            fitted |= _zero(param, name, signed, bits, pages)
+            fitted |= _zero(param, name, signed, stored, pages)
             continue
         if is_coded:
-            codes = layout.read_codes(entry, f"{name}_code", param.shape, where)
-            scales = layout.read_scales(entry, f"{name}_scale", [layout.blocks(param.shape)], where)
-            if bits == 8 and old == new:
-                _store(fitted, f"{name}_code", codes, param, pages)
-                _store(fitted, f"{name}_scale", scales, param, pages)
-                continue
-            values = layout.decode(codes, scales, old, signed)
+            codes, scales = layout.read_coded(entry, name, param.shape, where)
+            if bits == 32:
+                values = layout.decode(codes, scales, old, signed)
+            else:
+                codes, scales = layout.recode(codes, scales, old, new, signed, stored.block_wise)
         else:
             values = layout.read_values(entry, name, param.shape, signed, where)
+            if bits == 8:
+                codes, scales = layout.encode(values, new, signed, stored.block_wise)
         if bits == 32:
-            _store(fitted, name, values, param, pages)
+            _store(fitted, name, values, param, stored, pages)
         else:
-            codes, scales = layout.encode(values, new, signed)
-            _store(fitted, f"{name}_code", codes, param, pages)
-            _store(fitted, f"{name}_scale", scales, param, pages)
+            _store(fitted, f"{name}_code", codes, param, stored, pages)
+            _store(fitted, f"{name}_scale", scales, param, stored, pages)
     return fitted
 
 
@@ -164,29 +190,35 @@ def copy_into(
 
     The other values are those of ``entry``, or with ``memo`` copies of them, as for ``deepcopy``.
     """
+    stored = format_of(entry)
     copied: Entry = {}
     for name, value in entry.items():
         if name not in pages:
             copied[name] = value if memo is None else deepcopy(value, memo)
             continue
-        _store(copied, name, value, param, pages)
+        _store(copied, name, value, param, stored, pages)
         if memo is not None:
             memo[id(value)] = copied[name]
     return copied
 
 
-def _store(entry: Entry, name: str, values: Tensor, param: Tensor, pages: Pages | None) -> None:
+def _store(
+    entry: Entry, name: str, values: Tensor, param: Tensor, stored: Format, pages: Pages | None
+) -> None:
     """Puts a copy of ``values`` into ``entry``, in the parameter's memory order."""
-    entry[name] = _empty(param, name, values.dtype, pages).copy_(values)
+    entry[name] = _empty(param, name, values.dtype, stored, pages).copy_(values)
     if pages is not None:
         _core.settle_pages(pages[name])
 
 
-def _empty(param: Tensor, name: str, dtype: torch.dtype, pages: Pages | None) -> Tensor:
+def _empty(
+    param: Tensor, name: str, dtype: torch.dtype, stored: Format, pages: Pages | None
+) -> Tensor:
     """Uninitialised: scales as a vector, anything else without gaps in the parameter's order."""
     device = param.device if pages is None else "meta"
     if name.endswith("_scale"):
-        tensor = torch.empty(layout.blocks(param.shape), dtype=dtype, device=device)
+        count = layout.scale_count(param.shape, stored.block_wise)
+        tensor = torch.empty(count, dtype=dtype, device=device)
     else:
         tensor = torch.empty_like(
             param, dtype=dtype, device=device, memory_format=torch.preserve_format

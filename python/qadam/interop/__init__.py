@@ -170,7 +170,8 @@ def to_bitsandbytes(
         state_dict: what any optimizer of qadam returned, or anything else that these load. It is
             not changed, and the result shares no memory with it.
         optim_bits: 32 or 8; None leaves each parameter's state as wide as it is. State that is 8
-            bits wide already is taken over code for code where it is in row-major order.
+            bits wide already is taken over code for code where it is in row-major order or has one
+            scale, which is repeated for each block.
         min_8bit_size: with ``optim_bits=8``, a parameter of fewer elements gets 32 bits.
 
     Raises:

@@ -3,6 +3,7 @@
 Its state has numbers where ours has names: ``state1`` is ``exp_avg``, ``state2`` is ``exp_avg_sq``.
 8-bit state has ``qmap1`` (what the codes mean) and ``absmax1`` (a scale for each block of 256, or
 in old versions 2048, elements in row-major order), or with ``block_wise=False`` a single ``max1``.
+Older versions have ``gnorm_vec`` with percentile clipping: what it holds, ours holds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from qadam import _core, layout
 from qadam.interop import torch_optim
-from qadam.layout import BLOCK, KEYS, MOMENTS, Entry
+from qadam.layout import BLOCK, HISTORY, KEYS, MOMENTS, Entry
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 """Where newer versions put all of an entry but ``step`` when they save."""
@@ -30,8 +31,8 @@ SCALES = [key + i for i in NUMBERED for key in ("qmap", "absmax", "max", "new_ma
 OWN = {WRAPPED, *SCALES, *(f"state{i}" for i in NUMBERED)}
 """Keys by which an entry is recognised."""
 
-DROPPED = {"unorm_vec", "gnorm_vec"}
-"""Histories of norms, which other options use."""
+DROPPED = {"unorm_vec"}
+"""What steps leave and do not read: the norm of the last update, with ``max_unorm``."""
 
 GROUP = {"alpha": 0.0, "t_alpha": None, "t_beta3": None}
 """What its groups have besides: AdEMAMix's options, which its Adam ignores."""
@@ -63,10 +64,11 @@ def read(entry: Entry, shape: torch.Size | None, where: str) -> Entry:
     ours (another ``qmap``): then the result is 32 bits wide.
 
     Raises:
-        ValueError: if it is damaged; the message names the key.
+        ValueError: if it is damaged; the message names the key. The history of norms is not looked
+            at: it may not be wanted, and one gradient that is not finite spoils bitsandbytes'.
     """
     flat = _unwrapped(entry, where)
-    if strange := sorted(KEYS & flat.keys() - {"step"}):
+    if strange := sorted(KEYS & flat.keys() - {"step", HISTORY}):
         msg = f"{where}: the state has {strange[0]!r} beside keys of bitsandbytes ({_names(flat)})"
         raise ValueError(msg)
     first = layout.get(flat, "state1", where)
@@ -78,14 +80,17 @@ def read(entry: Entry, shape: torch.Size | None, where: str) -> Entry:
     if first.dtype == torch.uint8:
         has_codes = True
 
-    result = layout.rest(flat, {"step"} | OWN | DROPPED, where)
+    result = layout.rest(flat, {"step", HISTORY} | OWN | DROPPED, where)
     result["step"] = layout.get(flat, "step", where)
+    if HISTORY in flat:
+        result[HISTORY] = flat[HISTORY]
     if not has_codes:
         for i, (name, signed) in NUMBERED.items():
             result[name] = layout.read_values(flat, f"state{i}", shape, signed, where)
             _check_order(flat, f"state{i}", where)
         return result
-    coded = {i: _read_codes(flat, i, shape, where) for i in NUMBERED}
+    block_wise = not all(_has_one_scale(flat, i) for i in NUMBERED)
+    coded = {i: _read_codes(flat, i, shape, block_wise, where) for i in NUMBERED}
     if all(meaning is None for _, _, meaning in coded.values()):
         order = layout.row_major(shape)
         result["memory_order"] = torch.tensor(order, dtype=torch.int64, device="cpu")
@@ -97,6 +102,10 @@ def read(entry: Entry, shape: torch.Size | None, where: str) -> Entry:
         name, signed = NUMBERED[i]
         result[name] = _decode(codes, scales, meaning, signed)
     return result
+
+
+def _has_one_scale(flat: Entry, i: str) -> bool:
+    return f"max{i}" in flat and f"absmax{i}" not in flat
 
 
 def _unwrapped(entry: Entry, where: str) -> Entry:
@@ -116,19 +125,20 @@ def _names(flat: Entry) -> str:
 
 
 def _read_codes(
-    flat: Entry, i: str, shape: torch.Size, where: str
+    flat: Entry, i: str, shape: torch.Size, block_wise: bool, where: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales for blocks of 256, and what the codes mean if that is not qadam's map."""
+    """Codes, scales for blocks of 256 or for all, and what the codes mean if not qadam's map."""
     codes = layout.read_codes(flat, f"state{i}", shape, where)
     _check_order(flat, f"state{i}", where)
-    count, ours = shape.numel(), layout.blocks(shape)
-    if f"max{i}" in flat and f"absmax{i}" not in flat:
-        scales, repeats = layout.read_scales(flat, f"max{i}", [1], where), ours
+    count = layout.scale_count(shape, block_wise)
+    if _has_one_scale(flat, i):
+        scales = layout.read_scales(flat, f"max{i}", [1], where)
+        repeats = count
     else:
-        old = -(-count // OLD_BLOCK)
-        scales = layout.read_scales(flat, f"absmax{i}", [ours, old], where)
-        repeats = 1 if len(scales) == ours else OLD_BLOCK // BLOCK
-    scales = scales if repeats == 1 else scales.repeat_interleave(repeats)[:ours]
+        old = -(-shape.numel() // OLD_BLOCK)
+        scales = layout.read_scales(flat, f"absmax{i}", [count, old], where)
+        repeats = 1 if len(scales) == count else OLD_BLOCK // BLOCK
+    scales = scales if repeats == 1 else scales.repeat_interleave(repeats)[:count]
 
     if f"qmap{i}" not in flat:
         return codes, scales, None
@@ -159,7 +169,8 @@ def _decode(codes: Tensor, scales: Tensor, meaning: Tensor | None, signed: bool)
     if meaning is None:
         return layout.decode(codes, scales, layout.row_major(codes.shape), signed)
     numbers = meaning.index_select(0, codes.reshape(-1).int())
-    numbers *= scales.repeat_interleave(BLOCK)[: len(numbers)]
+    block = BLOCK if len(scales) == layout.scale_count(codes.shape, True) else len(numbers)
+    numbers *= scales.repeat_interleave(block)[: len(numbers)]
     return numbers.reshape(codes.shape)
 
 
@@ -167,7 +178,10 @@ def _decode(codes: Tensor, scales: Tensor, meaning: Tensor | None, signed: bool)
 
 
 def write(entry: Entry, bits: int | None, min_8bit_size: int, where: str) -> Entry:
-    """The state of one parameter, checked, on the CPU; ``bits`` None leaves its width."""
+    """The state of one parameter, checked, on the CPU; ``bits`` None leaves its width.
+
+    bitsandbytes has given up single scales: one is repeated for each block.
+    """
     if "max_exp_avg_sq" in {name for name, _ in layout.moments(entry)}:
         msg = f"{where} has state of AMSGrad (max_exp_avg_sq), which bitsandbytes does not know"
         raise ValueError(msg)
@@ -178,21 +192,25 @@ def write(entry: Entry, bits: int | None, min_8bit_size: int, where: str) -> Ent
         narrow = bits == 8 and shape.numel() >= min_8bit_size
     written = layout.rest(entry, KEYS, where)
     written["step"] = int(layout.read_step(entry, where))
+    if HISTORY in entry:
+        written[HISTORY] = layout.read_history(entry, where).clone(
+            memory_format=torch.contiguous_format
+        )
     for i, (name, signed) in NUMBERED.items():
         if not narrow:
             numbers = layout.values(entry, name, signed, where)
             written[f"state{i}"] = numbers.clone(memory_format=torch.contiguous_format)
             continue
-        if layout.is_coded(entry) and layout.read_order(entry, shape, where) == order:
-            codes = layout.read_codes(entry, f"{name}_code", shape, where)
-            blocks = [layout.blocks(shape)]
-            scales = layout.read_scales(entry, f"{name}_scale", blocks, where).clone()
+        if layout.is_coded(entry):
+            own_order = layout.read_order(entry, shape, where)
+            codes, scales = layout.read_coded(entry, name, shape, where)
+            codes, scales = layout.recode(codes, scales, own_order, order, signed, block_wise=True)
         else:
             numbers = layout.values(entry, name, signed, where)
             codes, scales = layout.encode(numbers, order, signed)
         written[f"state{i}"] = codes.clone(memory_format=torch.contiguous_format)
         written[f"qmap{i}"] = _own_map(signed)
-        written[f"absmax{i}"] = scales
+        written[f"absmax{i}"] = scales.clone(memory_format=torch.contiguous_format)
     return written
 
 

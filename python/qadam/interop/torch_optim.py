@@ -23,7 +23,10 @@ OPTIONS = {
 
 
 def write(entry: Entry, where: str) -> Entry:
-    """The state of one parameter at 32 bits, checked, on the CPU, in its memory order."""
+    """The state of one parameter at 32 bits, checked, on the CPU, in its memory order.
+
+    Without the history of norms: torch would carry it along unused, and it would be out of date.
+    """
     written = layout.rest(entry, layout.KEYS, where)
     written["step"] = layout.read_step(entry, where)
     for name, signed in layout.moments(entry):
