@@ -15,7 +15,8 @@ from torch.distributed.checkpoint import state_dict as tools
 from torch.nn import Parameter
 
 import qadam
-from qadam import _core
+from qadam import _core, interop
+from qadam import state as qstate
 from qadam.state import to_bitsandbytes, to_torch
 
 pytestmark = [
@@ -264,6 +265,160 @@ def test_older_layouts_of_bitsandbytes_mean_the_same(old, bits, checkpoints):
             if bits == 8 and old is not linear_map:
                 assert same_bits(entry[f"{key}_code"], saved["state"][number][f"state{i}"])
     train(1, optimizer)
+
+
+def with_norms(entry):
+    entry["gnorm_vec"] = torch.rand(100, generator=torch.Generator().manual_seed(1))
+
+
+def whole(saved):
+    """A flat state dict of an old version with ``block_wise=False`` and percentile clipping."""
+    for number in (0, 2, 4):
+        one_block(saved["state"][number])
+    for entry in saved["state"].values():
+        with_norms(entry)
+    return saved
+
+
+WHOLE = qstate.Format(8, block_wise=False, history=True)
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["flat", "wrapped"])
+def test_one_scale_and_norms_of_bitsandbytes_are_taken_over_as_they_are(wrap, checkpoints):
+    saved = whole(flattened(checkpoints("bnb.AdamW8bit")))
+    params = twins(*SHAPES, n=1)[0]
+    for number, p in enumerate(params):
+        theirs = saved["state"][number]
+        given = dict(theirs)
+        if wrap:
+            given = {
+                "step": theirs["step"],
+                WRAPPED: {k: v for k, v in theirs.items() if k != "step"},
+            }
+        read = interop.read_entry(given, p.shape, "p")
+        assert not {"max1", "new_max1", "state1", WRAPPED} & read.keys()
+        assert read["gnorm_vec"] is theirs["gnorm_vec"]
+        stored = WHOLE if number in (0, 2, 4) else qstate.Format(32, history=True)
+        assert qstate.format_of(read) == stored
+        entry = qstate.fit(read, p, stored, "p")
+        assert same_bits(entry["gnorm_vec"], theirs["gnorm_vec"])
+        for i, key in MOMENTS.items():
+            if stored is WHOLE:
+                assert same_bits(entry[f"{key}_code"], theirs[f"state{i}"])
+                assert same_bits(entry[f"{key}_scale"], theirs[f"max{i}"])
+            else:
+                assert same_bits(entry[key], theirs[f"state{i}"])
+
+
+def test_one_scale_beside_blocks_is_repeated(checkpoints):
+    saved = flattened(checkpoints("bnb.AdamW8bit"))["state"][0]
+    saved["max2"] = saved.pop("absmax2").max().reshape(1)
+    entry = interop.read_entry(saved, torch.Size(SHAPES[0]), "p")
+    assert qstate.format_of(entry).block_wise
+    assert same_bits(entry["exp_avg_scale"], saved["absmax1"])
+    assert same_bits(entry["exp_avg_sq_scale"], saved["max2"].repeat(17))
+
+
+def test_one_scale_whose_codes_mean_something_else_is_decoded(checkpoints):
+    saved = whole(flattened(checkpoints("bnb.AdamW8bit")))["state"][0]
+    linear_map(saved)
+    entry = interop.read_entry(saved, torch.Size(SHAPES[0]), "p")
+    for i, key in MOMENTS.items():
+        meant = saved[f"qmap{i}"][saved[f"state{i}"].long()] * saved[f"max{i}"]
+        assert same_bits(entry[key], meant)
+
+
+def test_one_scale_and_norms_go_to_bitsandbytes_which_goes_on(checkpoints):
+    saved = whole(flattened(checkpoints("bnb.AdamW8bit")))
+    params = [Parameter(torch.randn(shape)) for shape in SHAPES]
+    state = {}
+    for number, p in enumerate(params):
+        stored = WHOLE if number in (0, 2, 4) else qstate.Format(32, history=True)
+        state[number] = qstate.fit(
+            interop.read_entry(saved["state"][number], p.shape, "p"), p, stored, "p"
+        )
+    group = {**saved["param_groups"][0], "percentile_clipping": 5, "block_wise": False}
+    group |= {"max_unorm": 0.1, "skip_zeros": True}
+    ours = {"state": state, "param_groups": [group]}
+    written = to_bitsandbytes(ours)
+    for key in ("percentile_clipping", "block_wise", "max_unorm", "skip_zeros"):
+        assert written["param_groups"][0][key] == group[key]
+        assert to_torch(ours)["param_groups"][0][key] == group[key]
+    for number, p in enumerate(params):
+        entry, old = written["state"][number], saved["state"][number]
+        assert WRAPPED not in entry
+        assert same_bits(entry["gnorm_vec"], old["gnorm_vec"])
+        assert entry["gnorm_vec"].data_ptr() != state[number]["gnorm_vec"].data_ptr()
+        for i in MOMENTS:
+            assert same_bits(entry[f"state{i}"], old[f"state{i}"])
+            if number in (0, 2, 4):
+                assert f"max{i}" not in entry
+                assert same_bits(entry[f"absmax{i}"], old[f"max{i}"].repeat(-(-p.numel() // BLOCK)))
+
+    theirs = bitsandbytes.optim.AdamW8bit(params)
+    theirs.load_state_dict(written)
+    mine = copied(params)
+    reference = qadam.AdamW8bit(mine)
+    reference.load_state_dict(to_bitsandbytes(ours) | {"param_groups": [saved["param_groups"][0]]})
+    train(1, theirs, reference)
+    for p, q in zip(params, mine, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    again = flat(theirs.state_dict()["state"][0])["gnorm_vec"]
+    assert same_bits(again, saved["state"][0]["gnorm_vec"])  # bitsandbytes leaves it alone
+
+
+def test_one_scale_of_another_memory_order_goes_to_bitsandbytes_code_for_code():
+    p = Parameter(torch.randn(8, 6, 10, 12).contiguous(memory_format=torch.channels_last))
+    moments = {"step": 1, "exp_avg": torch.randn(p.shape), "exp_avg_sq": torch.rand(p.shape)}
+    entry = qstate.fit(moments, p, qstate.Format(8, block_wise=False), "p")
+    group = qadam.AdamW8bit([p]).state_dict()["param_groups"]
+    written = to_bitsandbytes({"state": {0: entry}, "param_groups": group})["state"][0]
+    for i, key in MOMENTS.items():
+        assert written[f"state{i}"].is_contiguous()
+        assert same_bits(written[f"state{i}"], entry[f"{key}_code"])
+        assert same_bits(written[f"absmax{i}"], entry[f"{key}_scale"].repeat(23))
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_torch_does_not_mind_the_norms_and_an_export_has_none(options):
+    """They would be out of date once torch has stepped."""
+    ours, params = trained(qadam.AdamW, 3)
+    saved = ours.state_dict()
+    plain, other = copied(params), copied(params)
+    a, b = (torch.optim.AdamW(x, **options) for x in (plain, other))
+    a.load_state_dict(copy.deepcopy(saved))
+    for entry in saved["state"].values():
+        with_norms(entry)
+    b.load_state_dict(copy.deepcopy(saved))
+    assert same_bits(b.state[other[0]]["gnorm_vec"], saved["state"][0]["gnorm_vec"])
+    train(2, a, b)
+    assert all(same_bits(p, q) for p, q in zip(plain, other, strict=True))
+    for entry in to_torch(saved)["state"].values():
+        assert entry.keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("form", ["qadam", "bitsandbytes"])
+def test_damaged_norms_stop_only_who_wants_them(form, checkpoints):
+    saved = checkpoints(f"{form}.AdamW8bit".replace("bitsandbytes", "bnb"))
+    saved = flattened(saved) if form == "bitsandbytes" else saved
+    params = twins(*SHAPES, n=1)[0]
+    for bad, words in (
+        (torch.full((100,), NAN), "'gnorm_vec' holds nan"),
+        (-torch.ones(100), "'gnorm_vec' holds -1"),
+        (torch.ones(99), r"'gnorm_vec' has shape \(99,\); \(100,\)"),
+        (torch.ones(100).int(), "'gnorm_vec' is torch.int32"),
+        ("x", "'gnorm_vec' is str"),
+    ):
+        saved["state"][0]["gnorm_vec"] = bad
+        entry = interop.read_entry(saved["state"][0], params[0].shape, "parameter 0")
+        with pytest.raises(ValueError, match=f"parameter 0: {words}"):
+            qstate.fit(entry, params[0], WHOLE, "parameter 0")
+        with pytest.raises(ValueError, match=f"parameter 0: {words}"):
+            to_bitsandbytes(saved)
+        to_torch(saved)
+        optimizer = qadam.AdamW8bit(params)
+        optimizer.load_state_dict(saved)
+        assert "gnorm_vec" not in optimizer.state[params[0]]
 
 
 def test_codes_of_bitsandbytes_move_to_another_memory_order():

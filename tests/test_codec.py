@@ -54,6 +54,15 @@ def encode(values: Tensor, signed: bool, flush: bool = False) -> tuple[Tensor, T
     return codes, scales
 
 
+def encode_whole(values: Tensor, signed: bool, flush: bool = False) -> tuple[Tensor, Tensor]:
+    """With one scale for all of them."""
+    codes = torch.full((len(values),), 99, dtype=torch.uint8)
+    scales = torch.full((min(len(values), 1),), torch.nan)
+    with flushing(flush):
+        _core.encode_tensor(values, codes, scales, signed)
+    return codes, scales
+
+
 def decode(codes: Tensor, scales: Tensor, signed: bool, flush: bool = False) -> Tensor:
     values = torch.full((len(codes),), torch.nan)
     with flushing(flush):
@@ -220,11 +229,77 @@ def test_a_positive_second_moment_never_takes_the_code_of_zero(flush):
         assert codes[-3:].tolist() == [0, 0, 255]
 
 
-def good() -> dict[str, Tensor]:
+# One scale for all values.
+
+
+@SIGNED
+@pytest.mark.parametrize("length", [0, 1, 255, 256, 257, 10_001])
+def test_one_scale_is_the_largest_magnitude_of_all_values(length, signed):
+    """Beside a value as large in every block, the codes are those of blocks."""
+    values = torch.randn(length, generator=torch.Generator().manual_seed(length))
+    values *= 10.0 ** -(torch.arange(length) // BLOCK % 7)
+    values = values if signed else values.abs()
+    codes, scales = encode_whole(values, signed)
+    assert torch.equal(scales, values.abs().max().reshape(1) if length else torch.empty(0))
+    for block, its_codes in zip(values.split(255), codes.split(255), strict=True):
+        expected, its_scale = encode(torch.cat([block, scales]), signed)
+        assert torch.equal(its_codes, expected[: len(block)])
+        assert torch.equal(its_scale, scales)
+
+
+@SIGNED
+@FLUSH
+@pytest.mark.parametrize("scale", EXTREME_SCALES)
+def test_one_subnormal_or_huge_scale(scale, signed, flush):
+    random = np.random.default_rng(2)
+    scale = np.float32(scale)
+    x = (random.random(20_000) * 10 ** (-8 * random.random(20_000)) * float(scale)).astype("f4")
+    if signed:
+        x *= random.choice(np.array([-1, 1], dtype=np.float32), len(x))
+    x[12_345] = scale
+    codes, scales = encode_whole(torch.from_numpy(x), signed, flush)
+    assert scales.view(torch.int32).tolist() == [int(scale.view(np.int32))]
+    assert_nearest(x.astype(np.float64) / float(scale), codes.numpy(), signed, tie=3 * TIE)
+
+
+@SIGNED
+def test_what_is_not_finite_does_not_spoil_the_one_scale(signed):
+    values = torch.rand(700, generator=torch.Generator().manual_seed(0)) + 0.1
+    expected, expected_scales = encode_whole(values, signed)
+    for position, bad in ((3, torch.nan), (277, torch.inf), (650, -torch.inf)):
+        values[position] = bad
+        expected[position] = 127 if signed else 0
+    codes, scales = encode_whole(values, signed)
+    assert torch.equal(scales, expected_scales)
+    assert torch.equal(codes, expected)
+    codes, scales = encode_whole(torch.full((300,), torch.nan), signed)
+    assert (codes == (127 if signed else 0)).all()
+    assert scales.tolist() == [0.0]
+
+
+def test_with_one_scale_a_positive_second_moment_never_takes_the_code_of_zero():
+    values = torch.full((5000,), 1e-30)
+    values[4000], values[4999] = 1.0, 0.0
+    codes, _ = encode_whole(values, False)
+    assert (codes[4000], codes[4999]) == (255, 0)
+    assert codes[:4000].unique().tolist() == [1]
+
+
+# What is refused.
+
+FUNCTIONS = {
+    "encode_blocks": (("values", "codes", "scales"), 2),
+    "encode_tensor": (("values", "codes", "scales"), 1),
+    "decode_blocks": (("codes", "scales", "values"), 2),
+}
+"""By name: the order of the arguments, and how many scales there are for 300 values."""
+
+
+def good(function: str) -> dict[str, Tensor]:
     return {
         "values": torch.rand(300),
         "codes": torch.zeros(300, dtype=torch.uint8),
-        "scales": torch.ones(2),
+        "scales": torch.ones(FUNCTIONS[function][1]),
     }
 
 
@@ -243,22 +318,21 @@ WRONG = {
     "strided codes": ("codes", torch.zeros(600, dtype=torch.uint8)[::2]),
     "expanded": ("codes", torch.zeros(1, dtype=torch.uint8).expand(300)),
     "float16": ("scales", torch.ones(2, dtype=torch.float16)),
-    "one scale": ("scales", torch.ones(1)),
+    "no scales": ("scales", torch.ones(0)),
     "three scales": ("scales", torch.ones(3)),
+    "as many scales as the other has": ("scales", {1: torch.ones(2), 2: torch.ones(1)}),
     "strided scales": ("scales", torch.ones(4)[::2]),
 }
 
 
-@pytest.mark.parametrize("function", ["encode_blocks", "decode_blocks"])
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_dtypes_lengths_and_layouts_are_refused(case, function):
     name, wrong = WRONG[case]
-    arguments = good()
-    arguments[name] = wrong
+    order, count = FUNCTIONS[function]
+    arguments = good(function)
+    arguments[name] = wrong[count] if isinstance(wrong, dict) else wrong
     before = {key: x.clone() if isinstance(x, Tensor) else x for key, x in arguments.items()}
-    order = ("values", "codes", "scales")
-    if function == "decode_blocks":
-        order = ("codes", "scales", "values")
     named = rf"\A{name} "
     if case in ("short", "long") and function == "decode_blocks":
         named = r"\A(values|codes) has \d+ elements, \d+ are needed"
@@ -268,12 +342,22 @@ def test_wrong_dtypes_lengths_and_layouts_are_refused(case, function):
         assert torch.equal(arguments[key], before[key])
 
 
-@pytest.mark.parametrize("function", ["encode_blocks", "decode_blocks"])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_what_is_not_a_tensor_is_refused_by_name(function):
-    order = ["values", "codes", "scales"]
-    if function == "decode_blocks":
-        order = ["codes", "scales", "values"]
+    order, _ = FUNCTIONS[function]
     for name in order:
-        arguments = {**good(), name: [0.0, 1.0]}
+        arguments = {**good(function), name: [0.0, 1.0]}
         with pytest.raises(TypeError, match=rf"\A{name} "):
             getattr(_core, function)(*(arguments[key] for key in order), True)
+
+
+@pytest.mark.parametrize("function", ["encode_blocks", "encode_tensor"])
+def test_arguments_that_share_memory_are_refused(function):
+    arguments = good(function)
+    values, count = arguments["values"], len(arguments["scales"])
+    shared = {"codes": values.view(torch.uint8)[:300], "scales": values[-count:]}
+    for name, tensor in shared.items():
+        before = values.clone()
+        with pytest.raises(ValueError, match="share memory"):
+            getattr(_core, function)(*{**arguments, name: tensor}.values(), True)
+        assert torch.equal(values, before)

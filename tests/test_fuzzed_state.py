@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 import qadam
+from qadam import interop, layout
+from qadam import state as qstate
 from qadam.state import to_bitsandbytes, to_torch
 
 pytestmark = pytest.mark.cpu_only
@@ -58,7 +60,17 @@ def sources():
         for i in "12":
             if f"absmax{i}" in entry:
                 entry[f"max{i}"] = entry.pop(f"absmax{i}")
+        entry["gnorm_vec"] = torch.rand(100)
     made["bitsandbytes 8 of all"] = whole
+    for bits in (8, 32):
+        saved = copy.deepcopy(made[f"qadam {bits}"])
+        params = [p for group in parameters() for p in group["params"]]
+        for number, p in enumerate(params):
+            entry = {**saved["state"][number], "gnorm_vec": torch.rand(100)}
+            width = qstate.format_of(entry).bits
+            stored = qstate.Format(width, block_wise=False, history=True)
+            saved["state"][number] = qstate.fit(entry, p, stored, "p")
+        made[f"qadam {bits} of all"] = saved
     return made
 
 
@@ -92,7 +104,7 @@ NAN, INF = float("nan"), float("inf")
 KEYS = ["step", "memory_order", "qadam_format", "lr", "betas", "params", "state", "param_groups"]
 KEYS += [f"exp_avg{a}{b}" for a in ("", "_sq") for b in ("", "_code", "_scale")]
 KEYS += [f"{name}{i}" for i in "12" for name in ("state", "qmap", "absmax", "max", "new_max")]
-KEYS += [WRAPPED, "max_exp_avg_sq", "amsgrad", "alpha", "extra", 0, 1, 2, 3, None, "0"]
+KEYS += [WRAPPED, "gnorm_vec", "max_exp_avg_sq", "amsgrad", "alpha", "extra", 0, 1, 2, 3, None, "0"]
 GARBAGE = [
     None,
     "x",
@@ -124,6 +136,7 @@ TENSORS = {
     "floats": lambda: torch.linspace(0, 1, 300).reshape(20, 15),
     "scale": lambda: torch.tensor([0.5]),
     "scales": lambda: torch.tensor([0.5, 0.25]),
+    "norms": lambda: torch.linspace(0, 1, 100),
     "map": lambda: torch.linspace(-1, 1, 256),
     "order": lambda: torch.tensor([1, 0]),
     "orders": lambda: torch.tensor([0, 1, 2]),
@@ -307,3 +320,65 @@ def test_a_damaged_state_dict_is_exported_whole_or_not_at_all(case):
                 if isinstance(entry, dict):
                     known = [v for k, v in entry.items() if str(k).startswith(("exp", "state"))]
                     assert all(finite(v) for v in known)
+
+
+FORMATS = [
+    qstate.Format(bits, amsgrad, block_wise, history)
+    for bits in (8, 32)
+    for amsgrad in (False, True)
+    for block_wise in (True, False)
+    for history in (False, True)
+]
+
+
+def check_fitted(entry, param, stored):
+    """All that is meant to be there is, and loads as it is once more."""
+    moments = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if stored.amsgrad else []))
+    looks = {"step": (torch.float32, ())}
+    if stored.history:
+        looks["gnorm_vec"] = (torch.float32, (100,))
+    count = layout.scale_count(param.shape, stored.block_wise)
+    for moment in moments:
+        if stored.bits == 32:
+            looks[moment] = (torch.float32, param.shape)
+        else:
+            looks[f"{moment}_code"] = (torch.uint8, param.shape)
+            looks[f"{moment}_scale"] = (torch.float32, (count,))
+    for key, look in looks.items():
+        assert (entry[key].dtype, entry[key].shape) == look, key
+        assert entry[key].isfinite().all(), key
+        assert key.startswith("exp_avg") or (entry[key] >= 0).all(), key
+    assert layout.KEYS & entry.keys() - {"memory_order"} == looks.keys()
+    again = qstate.fit(entry, param, stored, "p")
+    known = layout.KEYS & entry.keys()
+    assert all(fingerprint(entry[key]) == fingerprint(again[key]) for key in known)
+
+
+@settings(
+    max_examples=3_000,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(damaged(), st.sampled_from(FORMATS))
+def test_a_damaged_entry_fits_whole_or_not_at_all(case, stored):
+    """Whether or not the classes store it so."""
+    try:
+        saved = interop.read(case.saved)
+    except REFUSALS:
+        return
+    params = [p for group in parameters() for p in group["params"]]
+    for number, entry in saved.entries.values():
+        if number >= len(params):
+            continue
+        param, where = params[number], f"parameter {number}"
+        try:
+            own = interop.read_entry(entry, param.shape, where)
+            fitted = qstate.fit(own, param, stored, where)
+        except REFUSALS as error:
+            refusal = str(error)
+        else:
+            check_fitted(fitted, param, stored)
+            continue
+        assert where in refusal

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 import qadam
 from qadam import _core, paging
+from qadam import state as qstate
 
 BASES = [
     getattr(qadam, rule + width) for rule in ("Adam", "AdamW") for width in ("", "8bit", "32bit")
@@ -590,3 +591,45 @@ def test_a_step_that_fails_changes_nothing(spoil, steps):
         p.grad = None
     train(1, plain, paged, first=steps)
     assert values(plain) == values(paged)
+
+
+# A single scale, and the history of norms: below the optimizers.
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_one_scale_is_paged_with_its_codes_and_the_history_is_not(amsgrad):
+    stored = qstate.Format(8, amsgrad=amsgrad, block_wise=False, history=True)
+    moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])]
+    p, small = Parameter(torch.ones(350, 300)), Parameter(torch.ones(300))
+    pages, none = paging.allocate([(p, stored), (small, stored)])
+    assert none is None
+    sizes = {
+        f"{m}_{part}": size for m in moments for part, size in (("code", 105_000), ("scale", 4))
+    }
+    assert {name: len(of) for name, of in pages.items()} == sizes
+    fresh = qstate.zeros(p, stored, pages)
+    plain = qstate.zeros(p, stored)
+    assert frozen_entry(fresh) == frozen_entry(plain)
+    tiers = {key: _core.memory_tier(value)[0] == TIER for key, value in fresh.items()}
+    assert tiers == {key: key in sizes for key in fresh}
+    assert paging.is_paged(fresh)
+
+    generator = torch.Generator().manual_seed(0)
+    values = {name: torch.rand(350, 300, generator=generator) for name in ("exp_avg", "exp_avg_sq")}
+    values |= {"step": 3, "gnorm_vec": torch.rand(100, generator=generator)}
+    (pages,) = paging.allocate([(p, stored)])
+    entry = qstate.fit(values, p, stored, "p", pages)
+    assert frozen_entry(entry) == frozen_entry(qstate.fit(values, p, stored, "p"))
+    assert paging.is_paged(entry)
+
+    for memo in (None, {}):
+        (pages,) = paging.allocate([(p, qstate.format_of(entry))])
+        twin = qstate.copy_into(pages, entry, p, memo)
+        assert frozen_entry(twin) == frozen_entry(entry)
+        for name in sizes:
+            assert twin[name].data_ptr() == pages[name].data_ptr() != entry[name].data_ptr()
+        assert (twin["gnorm_vec"] is entry["gnorm_vec"]) == (memo is None)
+
+
+def frozen_entry(entry):
+    return {key: fingerprint(value) for key, value in entry.items()}

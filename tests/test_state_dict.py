@@ -19,6 +19,8 @@ from conftest import (
 from torch.nn import Parameter
 
 import qadam
+from qadam import layout
+from qadam import state as qstate
 
 TORCH = {qadam.Adam: torch.optim.Adam, qadam.AdamW: torch.optim.AdamW}
 NAMES_8BIT = [
@@ -387,7 +389,7 @@ def logical_values(p, entry, name):
     ordered = {
         key: value.permute(order) if key.endswith("_code") else value
         for key, value in entry.items()
-        if key.startswith("exp_avg")
+        if key.endswith(("_code", "_scale"))
     }
     return state_values(ordered, name).permute(inverse)
 
@@ -463,3 +465,235 @@ def test_width_and_memory_order_may_change_together(old, new, layout):
             torch.testing.assert_close(x, y, rtol=2e-7, atol=0)
         else:
             assert ((x - y).abs() <= one_code_step(b.state[q], name, SHAPE)).all()
+
+
+# The number of scales, and the history of norms: below the optimizers.
+
+BLOCKS, WHOLE = qstate.Format(8), qstate.Format(8, block_wise=False)
+FORMATS = {
+    "32": qstate.Format(32),
+    "blocks": BLOCKS,
+    "whole": WHOLE,
+    "32 all": qstate.Format(32, amsgrad=True, history=True),
+    "blocks all": qstate.Format(8, amsgrad=True, history=True),
+    "whole all": qstate.Format(8, amsgrad=True, block_wise=False, history=True),
+}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def moments_of(stored):
+    return (*MOMENTS, "max_exp_avg_sq") if stored.amsgrad else MOMENTS
+
+
+def random_entry(p, stored, seed=0):
+    """State of ``p``, stored so: values of eight decades, some of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values():
+        decades = 10 ** (-8 * torch.rand(p.shape, generator=generator))
+        values = torch.randn(p.shape, generator=generator) * decades
+        return values * (torch.rand(p.shape, generator=generator) > 0.1)
+
+    entry = {"step": torch.tensor(7.0), "exp_avg": values(), "exp_avg_sq": values().abs()}
+    entry |= {"max_exp_avg_sq": values().abs(), "mine": "kept"}
+    entry["gnorm_vec"] = torch.rand(100, generator=generator)
+    return qstate.fit(entry, p, stored, "p")
+
+
+def bits_of(entry):
+    return {key: fingerprint(value) for key, value in entry.items()}
+
+
+def logical(entry, name):
+    """A moment by index, decoded here: the number of its scales says what they belong to."""
+    if name in entry:
+        return entry[name]
+    code, scale = entry[f"{name}_code"], entry[f"{name}_scale"]
+    if scale.numel() == 1:
+        table = torch.tensor(qadam._core.dynamic_map(name == "exp_avg"))
+        return table[code.long()] * scale
+    return logical_values(None, entry, name)
+
+
+def steps_of(entry, name):
+    """One code step of each element, by index."""
+    scale, blocks = entry[f"{name}_scale"], -(-entry[f"{name}_code"].numel() // BLOCK)
+    everywhere = {**entry, f"{name}_scale": scale.repeat(blocks) if len(scale) == 1 else scale}
+    return one_code_step(everywhere, name, SHAPE)
+
+
+@pytest.mark.parametrize("stored", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("shape", [(), (255,), (256,), (257,), (3, 171), (0,)])
+def test_state_has_a_scale_a_block_or_one_and_a_history_if_asked(shape, stored):
+    p = Parameter(torch.ones(shape, dtype=torch.bfloat16))
+    n = p.numel()
+    count = -(-n // BLOCK) if stored.block_wise else min(n, 1)
+    for entry in (qstate.zeros(p, stored), random_entry(p, stored)):
+        names = {"step"} | ({"mine"} & entry.keys())
+        names |= {"gnorm_vec"} if stored.history else set()
+        if stored.bits == 32:
+            names |= set(moments_of(stored))
+        else:
+            names |= {f"{m}_{part}" for m in moments_of(stored) for part in ("code", "scale")}
+            names |= {"memory_order"}
+            for moment in moments_of(stored):
+                assert entry[f"{moment}_scale"].shape == (count,)
+                assert entry[f"{moment}_scale"].dtype == torch.float32
+        assert entry.keys() == names
+        assert qstate.format_of(entry) == stored._replace(
+            block_wise=stored.block_wise or stored.bits == 32 or n <= BLOCK
+        )
+        if stored.history:
+            assert (entry["gnorm_vec"].dtype, entry["gnorm_vec"].shape) == (torch.float32, (100,))
+    if stored.history:
+        assert not qstate.zeros(p, stored)["gnorm_vec"].any()
+
+
+@pytest.mark.parametrize("layout_of", LAYOUTS)
+def test_one_scale_is_the_largest_magnitude_in_whatever_memory_order(layout_of):
+    exact = random_entry(laid_out("contiguous"), FORMATS["32"])
+    q = laid_out(layout_of)
+    entry = qstate.fit(exact, q, WHOLE, "q")
+    for name in MOMENTS:
+        assert same_bits(entry[f"{name}_scale"], exact[name].abs().max().reshape(1))
+        error = (logical(entry, name) - exact[name]).abs()
+        assert (error <= steps_of(entry, name) * (1 + 1e-6)).all()
+        codes, scales = layout.encode(exact[name], (0, 1, 2, 3), name == "exp_avg", False)
+        assert same_bits(entry[f"{name}_code"], codes)
+        assert same_bits(entry[f"{name}_scale"], scales)
+        assert entry[f"{name}_code"].stride() == torch.empty_like(q).stride()
+
+
+@pytest.mark.parametrize("new_layout", ["contiguous", "channels_last", "gaps"])
+@pytest.mark.parametrize("old_layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("new", FORMATS)
+@pytest.mark.parametrize("old", FORMATS)
+def test_every_format_becomes_every_other(old, new, old_layout, new_layout):
+    p, q = laid_out(old_layout), laid_out(new_layout)
+    old, new = FORMATS[old], FORMATS[new]
+    entry = random_entry(p, old)
+    before = bits_of(entry)
+    fitted = qstate.fit(entry, q, new, "q")
+    assert bits_of(entry) == before
+    assert qstate.format_of(fitted) == new
+    assert (fitted["step"], fitted["mine"]) == (7, "kept")
+    same_place = old_layout == new_layout or not old.block_wise
+    is_exact = new.bits == 32 or (
+        old.bits == 8 and same_place and (old.block_wise == new.block_wise or not old.block_wise)
+    )
+    for name in moments_of(new):
+        if name not in moments_of(old):
+            assert not logical(fitted, name).any()
+            continue
+        x, y = logical(entry, name), logical(fitted, name)
+        if is_exact:
+            assert same_bits(x, y)
+        else:
+            assert ((x - y).abs() <= steps_of(fitted, name) * (1 + 1e-6)).all()
+        if new.bits == 8 and is_exact:
+            assert same_bits(entry[f"{name}_code"], fitted[f"{name}_code"])
+        if new.bits == 8 and not new.block_wise and not is_exact:
+            assert fitted[f"{name}_scale"] == x.abs().max()
+    if new.history and old.history:
+        assert same_bits(fitted["gnorm_vec"], entry["gnorm_vec"])
+    elif new.history:
+        assert not fitted["gnorm_vec"].any()
+    own = {t.data_ptr() for t in entry.values() if isinstance(t, torch.Tensor)}
+    assert not own & {t.data_ptr() for t in fitted.values() if isinstance(t, torch.Tensor)}
+
+
+@pytest.mark.parametrize("layout_of", ["contiguous", "channels_last"])
+def test_a_scale_that_was_repeated_becomes_one_again(layout_of):
+    """The single scale of another package's codes need not be the largest magnitude."""
+    p, q = laid_out("contiguous"), laid_out(layout_of)
+    entry = random_entry(p, WHOLE)
+    entry["exp_avg_scale"] *= 3.0
+    there = qstate.fit(entry, q, BLOCKS, "q")
+    assert there["exp_avg_scale"].shape == (2,)
+    again = qstate.fit(there, p, WHOLE, "p")
+    assert bits_of(again) == bits_of(entry)
+
+
+def test_a_history_is_converted_to_float32_and_copied():
+    p = Parameter(torch.ones(5))
+    entry = random_entry(p, FORMATS["32 all"])
+    for dtype in (torch.float64, torch.bfloat16):
+        entry["gnorm_vec"] = torch.rand(200).to(dtype)[::2].requires_grad_()
+        fitted = qstate.fit(entry, p, qstate.Format(8, history=True), "p")
+        assert same_bits(fitted["gnorm_vec"], entry["gnorm_vec"].detach().float())
+        assert not fitted["gnorm_vec"].requires_grad
+
+
+def changed(key, change):
+    def damage(entry):
+        entry[key] = change(entry[key])
+
+    return damage
+
+
+def poked(key, value):
+    def damage(entry):
+        entry[key].view(-1)[-1] = value
+
+    return damage
+
+
+BAD_ENTRIES = {
+    "two of three": (changed("exp_avg_scale", lambda t: t[:2]), [r"\(3,\) or \(1,\) is accepted"]),
+    "no dimensions": (
+        changed("exp_avg_scale", lambda t: t[0]),
+        [r"'exp_avg_scale' has shape \(\)"],
+    ),
+    "first of blocks": (
+        changed("exp_avg_scale", lambda t: t[:1]),
+        [r"'exp_avg_sq_scale' has shape \(3,\), 'exp_avg_scale' \(1,\)", "everywhere"],
+    ),
+    "second of blocks": (
+        changed("exp_avg_sq_scale", lambda t: t[:1]),
+        [r"'exp_avg_sq_scale' has shape \(1,\), 'exp_avg_scale' \(3,\)", "everywhere"],
+    ),
+    "short": (changed("gnorm_vec", lambda t: t[:99]), [r"'gnorm_vec' has shape \(99,\); \(100,\)"]),
+    "row": (changed("gnorm_vec", lambda t: t[None]), [r"'gnorm_vec' has shape \(1, 100\)"]),
+    "int": (changed("gnorm_vec", lambda t: t.int()), ["'gnorm_vec' is torch.int32"]),
+    "list": (changed("gnorm_vec", lambda t: t.tolist()), ["'gnorm_vec' is list"]),
+    "none": (changed("gnorm_vec", lambda t: None), ["'gnorm_vec' is NoneType"]),
+    "meta": (changed("gnorm_vec", lambda t: t.to("meta")), ["'gnorm_vec' is a meta tensor"]),
+    "nan": (poked("gnorm_vec", NAN), ["'gnorm_vec' holds nan"]),
+    "inf": (poked("gnorm_vec", INF), ["'gnorm_vec' holds inf"]),
+    "negative": (poked("gnorm_vec", -1.0), ["'gnorm_vec' holds -1"]),
+    "beyond float32": (
+        changed("gnorm_vec", lambda t: t.double() + 1e39),
+        ["'gnorm_vec' holds inf"],
+    ),
+}
+
+
+@pytest.mark.parametrize("into", ["32 all", "blocks all", "whole all"])
+@pytest.mark.parametrize("case", BAD_ENTRIES)
+def test_damaged_scales_and_histories_are_refused_by_key(case, into):
+    damage, words = BAD_ENTRIES[case]
+    p = Parameter(torch.ones(600))
+    entry = random_entry(p, FORMATS["blocks all"])
+    damage(entry)
+    with pytest.raises(ValueError, match="parameter 3: ") as caught:
+        qstate.fit(entry, p, FORMATS[into], "parameter 3")
+    for word in words:
+        assert caught.match(word)
+
+
+def test_one_scale_that_is_not_finite_is_refused():
+    p = Parameter(torch.ones(600))
+    for value, shown in ((NAN, "nan"), (INF, "inf"), (-1.0, "-1")):
+        entry = random_entry(p, WHOLE)
+        entry["exp_avg_sq_scale"].fill_(value)
+        with pytest.raises(ValueError, match=f"'exp_avg_sq_scale' holds {shown}"):
+            qstate.fit(entry, p, WHOLE, "p")
+
+
+@pytest.mark.parametrize("new", ["32", "blocks", "whole"])
+def test_lazily_negated_state_is_taken_for_what_it_means(new):
+    p = Parameter(torch.ones(600))
+    entry = random_entry(p, FORMATS["32"])
+    lazy = {**entry, "exp_avg": torch._neg_view(-entry["exp_avg"])}
+    want, got = (qstate.fit(x, p, FORMATS[new], "p") for x in (entry, lazy))
+    assert bits_of(got) == bits_of(want)

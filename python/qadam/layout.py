@@ -305,7 +305,7 @@ def _on_cpu(tensor: Tensor, shapes: Sequence[torch.Size], key: str, where: str) 
     if (lack := lacks(tensor)) is not None:
         msg = f"{where}: {key!r} is {lack}; a dense tensor that has memory is accepted"
         raise ValueError(msg)
-    return tensor.detach().to("cpu")
+    return tensor.detach().to("cpu").resolve_neg()  # what the core reads holds its values
 
 
 # 8-bit codes.
