@@ -256,7 +256,7 @@ def finite(value):
 def check_loaded(target):
     """All state is qadam's own, finite, and survives a step and another load."""
     params = [p for group in target.param_groups for p in group["params"]]
-    again = AGAIN[target._bits]
+    again = AGAIN[target._own["optim_bits"]]
     again.load_state_dict(target.state_dict())
     copies = [p for group in again.param_groups for p in group["params"]]
     for p, twin in zip(params, copies, strict=True):
