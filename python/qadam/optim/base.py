@@ -368,8 +368,8 @@ class QAdam(Optimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_own", "_nonfinite", "_nonfinite_count", "_paged", "_base_lrs")
-        own += ("max_grad_norm", "grad_norm")
+        own = ["_own", "_nonfinite", "_nonfinite_count", "_paged", "_base_lrs"]
+        own += ["max_grad_norm", "grad_norm"]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
