@@ -83,15 +83,16 @@ def test_state_loads_across_the_numbers_of_scales(cls, old, new):
     assert is_paged(target) == [cls.__name__.startswith("Paged"), *[False] * 4]
     for number, p in enumerate(params):
         entry, theirs = target.state[p], saved["state"][number]
+        is_exact = not narrow or old == new or not old or p.numel() <= 256
         for name in MOMENTS:
-            if narrow and (old == new or not old):
-                assert same_bits(entry[f"{name}_code"], theirs[f"{name}_code"])
             a, b = decoded(theirs, name), decoded(entry, name)
-            if not narrow or old == new or not old:
-                assert same_bits(a, b)
-            else:
-                assert entry[f"{name}_scale"].max() == a.abs().max()
+            if not is_exact:
+                assert entry[f"{name}_scale"] == a.abs().max()
                 assert ((a - b).abs() <= 0.0071 * a.abs().max()).all()
+                continue
+            assert same_bits(a, b)
+            if narrow:
+                assert same_bits(entry[f"{name}_code"], theirs[f"{name}_code"])
     train(2, target, first=3)
     assert all(p.isfinite().all() for p in params)
 
