@@ -244,14 +244,15 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(msg)
     numbers = [group["lr"], *betas, group["eps"], group["weight_decay"]]
     names = ["lr", "betas[0]", "betas[1]", "eps", "weight_decay"]
-    _core.check_hyper(*map(_number, names, numbers))
+    _core.check_hyper(*map(number, names, numbers))
     for name in ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay"):
         if not isinstance(group.get(name), (bool, int, type(None))):
             msg = f"{name} must be True or False, got {show(group[name])}"
             raise TypeError(msg)
 
 
-def _number(name: str, number: Any) -> float:  # noqa: ANN401 - whatever has __float__
+def number(name: str, number: Any) -> float:  # noqa: ANN401 - whatever has __float__
+    """``number`` as a float, or an error that names it."""
     if isinstance(number, Tensor) and (number.numel() != 1 or lacks(number) is not None):
         got = lacks(number) or f"a tensor of shape {tuple(number.shape)}"
         msg = f"{name} must be a number, got {got}"
@@ -349,7 +350,8 @@ def recode(
     count = scale_count(codes.shape, block_wise)
     if (old == new and len(scales) == count) or len(scales) == 0:
         return codes, scales
-    if (scales == scales[0]).all():
+    bits = scales.view(torch.int32)  # a thread that flushes subnormals takes them for equal
+    if (bits == bits[0]).all():
         return codes, scales[:1].expand(count)
     return encode(decode(codes, scales, old, signed), new, signed, block_wise)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,12 +30,12 @@ def check_options(options: Mapping[str, Any]) -> None:
     _whole("min_8bit_size", given["min_8bit_size"], 0, None)
     _whole("percentile_clipping", given["percentile_clipping"], 1, 100)
     for name in ("block_wise", "skip_zeros"):
-        if not isinstance(given[name], (bool, int)):
+        if not isinstance(given[name], int) or given[name] not in (0, 1):
             msg = f"{name} must be True or False, got {given[name]!r}"
             raise ValueError(msg)
     limit = given["max_unorm"]
     is_number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
-    if not is_number or not math.isfinite(limit) or limit < 0:
+    if not is_number or not 0 <= limit <= sys.float_info.max:
         msg = f"max_unorm must be a finite number of at least 0, got {limit!r}"
         raise ValueError(msg)
 

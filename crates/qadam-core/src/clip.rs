@@ -21,12 +21,13 @@ pub fn scaled(squares: f64, factor: f32) -> f64 {
 
 /// What gradients whose squares add up to `squares` are multiplied by so that their norm is at most
 /// `max_norm` (`torch.nn.utils.clip_grad_norm_`): `max_norm / (norm + 1e-6)`, or 1 if that is less.
-/// NaN if the norm is.
+/// NaN if the norm is. An infinite `max_norm` is no limit whatever the norm.
 #[must_use]
 pub fn global(squares: f64, max_norm: f64) -> f32 {
     ieee::compute(|| {
         let factor = max_norm / (squares.sqrt() + 1e-6);
-        if factor > 1.0 { 1.0 } else { factor as f32 }
+        let is_limited = max_norm < f64::INFINITY;
+        if factor > 1.0 || !is_limited { 1.0 } else { factor as f32 }
     })
 }
 
@@ -35,17 +36,18 @@ pub fn global(squares: f64, max_norm: f64) -> f32 {
 /// [`HISTORY`], counted from 0 (bitsandbytes' `percentile_clipping`).
 ///
 /// The history holds squared norms as f32, that of step `t` at `t % HISTORY`. As long as it is all
-/// zero, the first norm takes every place. A norm that is not finite is not entered, and its gradient
-/// not clipped; squares beyond the largest f32 count as that.
+/// zero, the first norm takes every place. A norm that is zero (as f32), or not finite, is not entered,
+/// and its gradient not clipped: it would cut later gradients to nothing. Squares beyond the largest
+/// f32 count as that.
 ///
 /// # Panics
 /// If `percentile` is not less than [`HISTORY`].
 #[must_use]
 pub fn percentile(history: &mut [f32; HISTORY], t: u64, percentile: usize, squares: f64) -> f32 {
-    if !squares.is_finite() {
+    let current = ieee::compute(|| squares.min(f32::MAX.into()) as f32);
+    if !squares.is_finite() || current.to_bits() == 0 {
         return 1.0;
     }
-    let current = ieee::compute(|| squares.min(f32::MAX.into()) as f32);
     if history.iter().all(|old| old.to_bits() == 0) {
         *history = [current; HISTORY];
     } else {
@@ -54,7 +56,11 @@ pub fn percentile(history: &mut [f32; HISTORY], t: u64, percentile: usize, squar
     let mut sorted = *history;
     sorted.sort_unstable_by(f32::total_cmp);
     let limit = sorted[percentile];
-    if current > limit { (f64::from(limit).sqrt() / f64::from(current).sqrt()) as f32 } else { 1.0 }
+    // neither is negative: their bits are in their order, and no mode of the processor matters
+    if current.to_bits() <= limit.to_bits() {
+        return 1.0;
+    }
+    ieee::compute(|| (f64::from(limit).sqrt() / f64::from(current).sqrt()) as f32)
 }
 
 /// The gradient norms of a parameter, and how they limit the next one.
@@ -137,7 +143,9 @@ mod tests {
     fn a_global_norm_is_cut_as_torch_cuts_it() {
         assert_eq!(global(25.0, 10.0), 1.0);
         assert_eq!(global(25.0, 1.0), (1.0 / 5.000_001_f64) as f32);
-        assert_eq!(global(25.0, f64::INFINITY), 1.0);
+        for squares in [25.0, f64::INFINITY, f64::NAN] {
+            assert_eq!(global(squares, f64::INFINITY), 1.0);
+        }
         assert_eq!(global(0.0, 0.0), 0.0);
         assert!(global(f64::NAN, 1.0).is_nan());
         assert_eq!(global(f64::INFINITY, 1.0), 0.0);
@@ -162,7 +170,7 @@ mod tests {
     #[test]
     fn norms_that_are_no_numbers_are_not_remembered() {
         let mut history = [4.0; HISTORY];
-        for squares in [f64::NAN, f64::INFINITY] {
+        for squares in [f64::NAN, f64::INFINITY, 0.0, 1e-50] {
             assert_eq!(percentile(&mut history, 5, 99, squares), 1.0);
             assert_eq!(history, [4.0; HISTORY]);
         }

@@ -50,7 +50,7 @@ class Adam(QAdam):
         min_8bit_size: parameters of fewer elements keep 32-bit state.
         percentile_clipping: a whole number from 1 to 100. Each gradient is cut to this percentile
             of its parameter's last 100 gradient norms (``gnorm_vec`` in the state, which the first
-            norm fills); 100 is no clipping.
+            norm fills); 100 is no clipping. Norms that are zero or not finite are not remembered.
         block_wise: whether 8-bit state has a scale for each 256 elements; else each moment has one
             for the whole parameter, as far as its largest value reaches down.
         is_paged: whether the state of parameters of at least 100,000 elements lives one tier below
@@ -64,8 +64,11 @@ class Adam(QAdam):
         max_grad_norm: the norm that all gradients together are cut to before anything else, as
             ``torch.nn.utils.clip_grad_norm_`` cuts them, but on the way into the step: gradients
             stay as they are. None: no limit; infinity: only measured. Also an attribute, to be
-            changed at will. Elements that are skipped because they are not finite, or because the
-            step is not taken, count as 0.
+            changed at will. Elements that are not finite count as 0 (unless ``nonfinite`` is
+            ``"propagate"``), and so does everything if the step is not taken. The norm is that of
+            this process's parameters: where each process has a shard (FSDP), use FSDP's own
+            ``clip_grad_norm_``, and note that ``percentile_clipping``, ``max_unorm`` and
+            ``block_wise=False`` look at shards.
         maximize: whether to go up the gradient.
         foreach, fused, capturable: accepted, as torch has them, and of no effect: a step is always
             fused, and always capturable.

@@ -66,8 +66,7 @@ class QAdam(Optimizer):
             raise ValueError(msg)
         self._nonfinite = nonfinite
         self.max_grad_norm = max_grad_norm
-        if max_grad_norm is not None:
-            _core.check_max_grad_norm(max_grad_norm)
+        self._read_max_grad_norm()
         self.grad_norm: Tensor | None = None
         self._base_lrs: list[float] = []
         self._engine = self._new_engine()
@@ -209,13 +208,21 @@ class QAdam(Optimizer):
 
     def _clip(self) -> tuple[float, Tensor] | None:
         """The norm that all gradients are cut to, and where to put the one that they had."""
-        if self.max_grad_norm is None:
+        max_norm = self._read_max_grad_norm()
+        if max_norm is None:
             return None
         params = (param for group in self.param_groups for param in group["params"])
         devices = (param.grad.device for param in params if param.grad is not None)
         # others are no gradients' devices, as the engine will say
         device = next((device for device in devices if device.type in ("cpu", "cuda")), "cpu")
-        return self.max_grad_norm, torch.zeros((), dtype=torch.float32, device=device)
+        return max_norm, torch.zeros((), dtype=torch.float32, device=device)
+
+    def _read_max_grad_norm(self) -> float | None:
+        if self.max_grad_norm is None:
+            return None
+        max_norm = layout.number("max_grad_norm", self.max_grad_norm)
+        _core.check_max_grad_norm(max_norm)
+        return max_norm
 
     _step_supports_amp_scaling = True
     """For torch.amp.GradScaler: it leaves the scale of gradients, and whether they overflowed, to
@@ -435,7 +442,10 @@ class QAdam(Optimizer):
             width = f"8-bit, 32-bit for tensors of less than {least} elements"
         paged = f", paged for tensors of at least {paging.LEAST} elements" if self._paged else ""
         memory = paging.describe(self.memory())
+        options = {**self._own, "max_grad_norm": self.max_grad_norm}
+        unusual = [f"{k}={v!r}" for k, v in options.items() if v != _USUAL.get(k, v)]
         own = f'State: {width}{paged}\nMemory: {memory}\nnonfinite: "{self._nonfinite}"\n'
+        own += f"Options: {', '.join(unusual)}\n" if unusual else ""
         return f"{super().__repr__()[:-1]}{own})"
 
 
@@ -444,3 +454,9 @@ def _to_device(value: Tensor | None, device: torch.device) -> Tensor | None:
         return None
     # what comes to the CPU is read at once
     return value.detach().to(device, torch.float32, non_blocking=device.type != "cpu")
+
+
+_USUAL = {"max_grad_norm": None} | {
+    name: DEFAULTS[name] for name in ("percentile_clipping", "block_wise", "max_unorm", "skip_zeros")
+}
+"""Options that an optimizer's text names if they are not these."""

@@ -155,6 +155,7 @@ impl Gradient {
 }
 
 /// [`Coefficients`] in every lane.
+#[expect(clippy::struct_excessive_bools, reason = "what a step asks for, not states")]
 #[derive(Clone, Copy)]
 struct Splat<L: Lanes> {
     w1: L::F,
@@ -170,6 +171,8 @@ struct Splat<L: Lanes> {
     has_shrink: bool,
     propagate: bool,
     skip_zeros: bool,
+    /// Whether the update's norm is limited.
+    is_limited: bool,
 }
 
 impl<L: Lanes> Splat<L> {
@@ -190,6 +193,7 @@ impl<L: Lanes> Splat<L> {
                 has_shrink: c.shrink != 0.0,
                 propagate: c.propagate,
                 skip_zeros: c.skip_zeros,
+                is_limited: c.max_unorm > 0.0,
             }
         }
     }
@@ -932,9 +936,13 @@ unsafe fn gauge_block8<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: 
                 let i = start + at;
                 let codes = [m.code.add(i), v.code.add(i), max_v.code.add(i)];
                 let vector = pass.vector::<P, G, AMSGRAD>(p.add(i), g.add(i), codes, c);
-                group.set::<L, AMSGRAD>(at, vector.p, vector.new, vector.moved, c);
+                if c.is_limited {
+                    group.set::<L, AMSGRAD>(at, vector.p, vector.new, vector.moved, c);
+                }
             }
-            group.enter(LANES.min(len - start), gauge);
+            if c.is_limited {
+                group.enter(LANES.min(len - start), gauge);
+            }
         }
         let (_, kept) = pass.counts(len, padded, c);
         gauge.keeps |= kept > 0;

@@ -1,9 +1,9 @@
 //! Parameter groups: their hyperparameters, as they are at this step.
 
-use pyo3::exceptions::{PyKeyError, PyValueError};
+use pyo3::exceptions::{PyKeyError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString};
+use pyo3::types::{PyBool, PyDict, PyString};
 use qadam_core::clip::HISTORY;
 use qadam_core::{Decay, Hyper, NonFinite};
 
@@ -47,11 +47,10 @@ impl Group {
                 return Err(PyValueError::new_err(text));
             }
         }
-        let flag_or = |name: &str, default: bool| match group.get_item(name)? {
+        let flag = |name: &str| match group.get_item(name)? {
             Some(value) => value.is_truthy(),
-            None => Ok(default),
+            None => Ok(false),
         };
-        let flag = |name: &str| flag_or(name, false);
         if flag("differentiable")? {
             let text = format!(
                 "differentiable of group {index} is True; False is accepted: steps run outside \
@@ -75,7 +74,10 @@ impl Group {
                 decay,
                 nonfinite: defaults.nonfinite,
                 maximize: flag("maximize")?,
-                skip_zeros: flag_or("skip_zeros", defaults.skip_zeros)?,
+                skip_zeros: match group.get_item("skip_zeros")? {
+                    Some(value) => yes_or_no("skip_zeros", index, &value)?,
+                    None => defaults.skip_zeros,
+                },
                 max_unorm: match group.get_item("max_unorm")? {
                     Some(value) => max_unorm(index, value)?,
                     None => defaults.max_unorm,
@@ -105,6 +107,18 @@ impl Group {
     }
 }
 
+/// True or False.
+fn yes_or_no(name: &str, group: usize, value: &Bound<'_, PyAny>) -> PyResult<bool> {
+    match value.extract::<i64>() {
+        Ok(number @ 0..=1) => Ok(number == 1), // True and False are numbers
+        _ => {
+            let text =
+                format!("{name} of group {group} is {}; True or False is accepted", value.repr()?);
+            Err(PyTypeError::new_err(text))
+        }
+    }
+}
+
 /// A limit of the update's norm.
 fn max_unorm(group: usize, value: Bound<'_, PyAny>) -> PyResult<f64> {
     let number = number("max_unorm", group, value)?;
@@ -117,9 +131,10 @@ fn max_unorm(group: usize, value: Bound<'_, PyAny>) -> PyResult<f64> {
 
 /// A percentile of a gradient's history; 100 for none.
 fn percentile(group: usize, value: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
-    match value.extract::<usize>() {
-        Ok(HISTORY) => Ok(None),
-        Ok(percentile @ 1..HISTORY) => Ok(Some(percentile)),
+    let whole = if value.is_instance_of::<PyBool>() { None } else { value.extract::<usize>().ok() };
+    match whole {
+        Some(HISTORY) => Ok(None),
+        Some(percentile @ 1..HISTORY) => Ok(Some(percentile)),
         _ => {
             let text = format!(
                 "percentile_clipping of group {group} is {value}; a whole number from 1 to 100 is \
@@ -163,7 +178,10 @@ fn number(name: &str, group: usize, value: Bound<'_, PyAny>) -> PyResult<f64> {
         Some(item) => item.call0()?,
         None => value,
     };
-    let number: f64 = value.extract()?;
+    let Ok(number) = value.extract::<f64>() else {
+        let text = format!("{name} of group {group} is {}; a number is accepted", value.repr()?);
+        return Err(PyTypeError::new_err(text));
+    };
     if number.is_finite() {
         return Ok(number);
     }

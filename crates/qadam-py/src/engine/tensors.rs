@@ -338,6 +338,10 @@ impl Tensors {
         if let Some(shared) = &shared {
             shared.check(devices)?;
         }
+        let is_asked = |item: &Pending<'_>| item.group.percentile.is_some();
+        if shared.is_none() && !pending.iter().any(is_asked) {
+            return Ok(None);
+        }
         let own = |item: &Pending<'_>| {
             let slot = self.slot(item.index);
             let (Some(history), Some(percentile)) = (&slot.history, item.group.percentile) else {
@@ -349,10 +353,7 @@ impl Tensors {
             let t = slot.next_step(item.index)?;
             Ok(Some(Own { history: history.pointer, t, percentile }))
         };
-        let own: Vec<_> = pending.iter().map(own).collect::<PyResult<_>>()?;
-        let is_asked = |item: &Pending<'_>| item.group.percentile.is_some();
-        let is_asked = shared.is_some() || pending.iter().any(is_asked);
-        Ok(is_asked.then_some(Clip { shared, own }))
+        Ok(Some(Clip { shared, own: pending.iter().map(own).collect::<PyResult<_>>()? }))
     }
 
     /// What the core needs to update the pending parameters.
