@@ -10,7 +10,8 @@ __device__ __forceinline__ double scaled(double squares, float factor) {
 // `clip::global`.
 __device__ __forceinline__ float global_factor(double squares, double max_norm) {
     double factor = __ddiv_rn(max_norm, __dadd_rn(__dsqrt_rn(squares), 1e-6));
-    return factor > 1.0 ? 1.0f : __double2float_rn(factor);
+    bool is_limited = max_norm < __longlong_as_double(0x7FF0000000000000);  // infinity
+    return factor > 1.0 || !is_limited ? 1.0f : __double2float_rn(factor);
 }
 
 // `clip::update`.
@@ -44,9 +45,9 @@ __device__ __forceinline__ float at_order(u32 order) {
 __device__ __forceinline__ float percentile_factor(
     const Tensor& tensor, double squares, Cut& cut, int lane
 ) {
-    if (!is_finite(squares)) return 1.0f;
     const double most = 3.4028234663852886e38;
     float current = __double2float_rn(squares < most ? squares : most);
+    if (!is_finite(squares) || current == 0.0f) return 1.0f;
     const float* history = global<const float>(tensor.history);
     const int OWN = 4;  // places of a lane
     u32 orders[OWN];

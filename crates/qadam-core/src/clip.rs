@@ -6,6 +6,7 @@
 use crate::error::{Error, Result};
 use crate::ieee;
 use crate::norm;
+use crate::rule::canonical;
 
 /// How many gradient norms percentile clipping remembers.
 pub const HISTORY: usize = 100;
@@ -48,7 +49,7 @@ pub fn percentile(history: &mut [f32; HISTORY], t: u64, percentile: usize, squar
     if !squares.is_finite() || current.to_bits() == 0 {
         return 1.0;
     }
-    if history.iter().all(|old| old.to_bits() == 0) {
+    if history.iter().all(|old| old.to_bits() << 1 == 0) {
         *history = [current; HISTORY];
     } else {
         history[(t % HISTORY as u64) as usize] = current;
@@ -56,8 +57,8 @@ pub fn percentile(history: &mut [f32; HISTORY], t: u64, percentile: usize, squar
     let mut sorted = *history;
     sorted.sort_unstable_by(f32::total_cmp);
     let limit = sorted[percentile];
-    // neither is negative: their bits are in their order, and no mode of the processor matters
-    if current.to_bits() <= limit.to_bits() {
+    // By bits, in which no mode of the processor matters. There may be a -0.
+    if current.to_bits() <= limit.to_bits() && limit.is_sign_positive() {
         return 1.0;
     }
     ieee::compute(|| (f64::from(limit).sqrt() / f64::from(current).sqrt()) as f32)
@@ -107,7 +108,7 @@ pub fn gradients(gradients: &mut [Gradient<'_>], max_norm: Option<f64>) -> (f64,
 /// A norm as f32.
 #[must_use]
 pub fn rounded(norm: f64) -> f32 {
-    ieee::compute(|| norm as f32)
+    canonical(ieee::compute(|| norm as f32))
 }
 
 /// Checks the largest norm that gradients may have together.

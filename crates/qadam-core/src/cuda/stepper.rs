@@ -147,10 +147,10 @@ impl Stepper {
             None if capturing => return Err(not_ready()),
             none => none.insert(Launcher::new(self.context.ordinal)?),
         };
-        let launches = launcher.plan(steps.iter().enumerate(), Purpose::Clip(clip))?;
+        let planned = launcher.plan(steps.iter().enumerate(), Purpose::Clip(clip))?;
         // SAFETY: the context is current, the rest by contract.
         unsafe {
-            let ready = launcher.prepare(launches, stream, capturing)?;
+            let ready = launcher.prepare(planned, stream, capturing)?;
             launcher.start(&ready, stream)?;
             Ok(ready.found())
         }
@@ -264,9 +264,10 @@ impl Stepper {
     ) -> Result<(Option<Ready>, Vec<Ready>)> {
         let Cut { rest, windows } = cut;
         // All are planned, and thereby checked, before the stream is asked for anything.
-        let launches = match rest.is_empty() {
-            true => None,
-            false => Some(self.rest.plan(pick(rest, steps), Purpose::Step)?),
+        let launches = if rest.is_empty() {
+            None
+        } else {
+            Some(self.rest.plan(pick(rest, steps), Purpose::Step)?)
         };
         let plan = |(launcher, window): (&mut Launcher, &Window)| {
             launcher.plan(pick(&window.steps, steps), Purpose::Step)

@@ -186,10 +186,10 @@ fn zero_gradients_are_skipped() {
     let scaled = scaled.map(|(group, scale)| Group { grad_scale: Some(scale), ..group });
     groups.extend(scaled.collect::<Vec<_>>());
     groups.push(Group::from(Hyper { weight_decay: 1e300, skip_zeros: true, ..Hyper::adam() }));
-    let places = [1, 256, 700, 1030].map(Place::dense).into_iter().chain([
-        Place::dense(513).shifted(1, 0),
-        Place::strided(&[37, 23], &[23, 1], &[1, 37]),
-    ]);
+    let places = [1, 256, 700, 1030]
+        .map(Place::dense)
+        .into_iter()
+        .chain([Place::dense(513).shifted(1, 0), Place::strided(&[37, 23], &[23, 1], &[1, 37])]);
     let places: Vec<Place> = places.collect();
     for kind in [Kind::Ordinary, Kind::Adversarial] {
         let mut tensors = everywhere(&mut numbers, kind, &places);

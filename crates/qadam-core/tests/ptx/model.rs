@@ -242,6 +242,7 @@ pub struct Step {
     pub groups: Vec<Group>,
     pub grads: Vec<Option<Buffer>>,
     /// Whether gradients are cut first, and to what norm.
+    #[expect(clippy::option_option, reason = "measured only, or cut")]
     pub clip: Option<Option<f64>>,
 }
 
@@ -327,8 +328,10 @@ pub fn step_on_cpu(tensors: &mut [Tensor], step: &Step) -> Outcome {
             // SAFETY: nobody else has the buffers.
             let squares = unsafe { squared_norms(&[step], BACKEND, 1) }.unwrap()[0];
             let (t, factor) = (tensors[i].step as u64 + 1, coefficients[i].factor);
-            let percentile = history.as_mut().map(|(history, percentile)| {
-                Percentile { history, t, percentile: *percentile }
+            let percentile = history.as_mut().map(|(history, percentile)| Percentile {
+                history,
+                t,
+                percentile: *percentile,
             });
             gradients[i] = Gradient { squares, factor, percentile };
         }

@@ -109,14 +109,11 @@ impl Group {
 
 /// True or False.
 fn yes_or_no(name: &str, group: usize, value: &Bound<'_, PyAny>) -> PyResult<bool> {
-    match value.extract::<i64>() {
-        Ok(number @ 0..=1) => Ok(number == 1), // True and False are numbers
-        _ => {
-            let text =
-                format!("{name} of group {group} is {}; True or False is accepted", value.repr()?);
-            Err(PyTypeError::new_err(text))
-        }
+    if let Ok(number @ 0..=1) = value.extract::<i64>() {
+        return Ok(number == 1); // True and False are numbers
     }
+    let text = format!("{name} of group {group} is {}; True or False is accepted", value.repr()?);
+    Err(PyTypeError::new_err(text))
 }
 
 /// A limit of the update's norm.
