@@ -40,6 +40,44 @@ fn a_mixed_model_steps_as_on_the_cpu() {
 }
 
 #[test]
+fn measured_models_step_as_on_the_cpu() {
+    let soft = soft();
+    let before = leaks(&soft);
+    for start in [Model::mixed().measured(), Model::small(300).measured()] {
+        let mut want = start;
+        let got = want.on_device(&soft, 0);
+        let mut launcher = Launcher::new(0).unwrap();
+        for round in 0..3 {
+            // SAFETY: the model's memory is the device's; the stand-in is done when it returns.
+            unsafe { launcher.step(&got.model.device_steps(), 0).unwrap() };
+            want.step();
+            got.model.assert_same(&want, &format!("round {round}"));
+        }
+    }
+    assert_eq!(leaks(&soft), before);
+    assert_eq!(soft.text("softgpu_findings"), "");
+}
+
+#[test]
+fn tables_that_differ_only_in_what_is_measured_are_told_apart() {
+    let soft = soft();
+    let mut seed = 5;
+    let kind = (DType::F32, DType::F32, StateFormat::DYNAMIC8.with_block_wise(false));
+    let mut launcher = Launcher::new(0).unwrap();
+    // One chunk each, if another made chunks long: as many bytes to upload, more folds.
+    let long = Param::flat((DType::F32, DType::F32, StateFormat::F32), 2_000_000, &mut seed);
+    for len in [3000, 9000, 12_288, 12_289, 1] {
+        let mut want = Model(vec![long.clone(), Param::flat(kind, len, &mut seed)]);
+        let got = want.on_device(&soft, 0);
+        // SAFETY: as above.
+        unsafe { launcher.step(&got.model.device_steps()[1..], 0).unwrap() };
+        want.0[0].has_grad = false;
+        want.step();
+        got.model.assert_same(&want, &format!("{len}"));
+    }
+}
+
+#[test]
 fn a_model_without_elements_counts_its_steps() {
     let soft = soft();
     let mut seed = 1;
@@ -193,7 +231,11 @@ fn every_kind_of_tensor_is_counted_as_on_the_cpu() {
     let soft = soft();
     let mut launcher = Launcher::new(0).unwrap();
     let mut found = 0;
-    for param in Model::mixed().0.into_iter().filter(|param| param.has_grad) {
+    for (i, mut param) in Model::mixed().0.into_iter().filter(|param| param.has_grad).enumerate() {
+        param.hyper.skip_zeros = i % 2 == 0;
+        param.hyper.weight_decay = if i % 3 == 0 { 1e300 } else { 0.0 }; // coupled, it makes NaNs
+        let size = param.grad_dtype.size();
+        param.g.bytes_mut().chunks_exact_mut(size).step_by(3).for_each(|zero| zero.fill(0));
         let model = Model(vec![param]);
         let got = model.on_device(&soft, 0);
         // SAFETY: as above.

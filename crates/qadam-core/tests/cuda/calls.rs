@@ -7,7 +7,7 @@ use crate::model::Model;
 use crate::stand_in::Soft;
 
 /// The names of the calls since the logs were cleared.
-fn calls(soft: &Soft) -> Vec<String> {
+pub fn calls(soft: &Soft) -> Vec<String> {
     let log = soft.text("softgpu_call_log");
     let name = |line: &str| line.split("\"cu").nth(1)?.split('"').next().map(|n| format!("cu{n}"));
     log.lines().filter_map(name).collect()
@@ -48,7 +48,7 @@ fn a_steady_step_only_launches_and_any_other_takes_four_calls_at_most() {
     }
     got.model.set_lr(0.1);
     assert_eq!(step(&got.model, streams[0]).0, upload, "learning rate");
-    assert!(soft.text("softgpu_call_log").contains("\"bytes\":80"), "one set of hyperparameters");
+    assert!(soft.text("softgpu_call_log").contains("\"bytes\":88"), "one set of hyperparameters");
     let mut half = got.model.device_steps();
     half.truncate(250);
     soft.clear();

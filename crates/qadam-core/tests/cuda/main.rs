@@ -4,6 +4,7 @@
 mod availability;
 mod bits;
 mod calls;
+mod cuts;
 mod device;
 mod faults;
 mod graphs;

@@ -2,20 +2,27 @@
 
 use std::sync::Arc;
 
+use qadam_core::clip::{self, Gradient, HISTORY, Percentile};
 use qadam_core::cpu::{self, Backend};
-use qadam_core::cuda::{DeviceState, DeviceStep};
+use qadam_core::cuda::{DevicePercentile, DeviceState, DeviceStep};
 use qadam_core::paging::managed::Arena;
 use qadam_core::rule::Coefficients;
 use qadam_core::{DType, Error, Hyper, RawState, State, StateFormat, TensorStep, Walk, bf16, f16};
 
 use crate::stand_in::Soft;
 
-pub const FORMATS: [StateFormat; 4] = [
+const ONE_SCALE: StateFormat = StateFormat::DYNAMIC8.with_block_wise(false);
+
+pub const FORMATS: [StateFormat; 6] = [
     StateFormat::F32,
     StateFormat::DYNAMIC8,
     StateFormat::F32.with_amsgrad(true),
     StateFormat::DYNAMIC8.with_amsgrad(true),
+    ONE_SCALE,
+    ONE_SCALE.with_amsgrad(true),
 ];
+/// How many of them need no more than a launch.
+const PLAIN: usize = 4;
 
 /// Bytes that start at a multiple of 16, plus `skew`; or that lie in an arena.
 pub struct Buffer {
@@ -92,6 +99,17 @@ impl Buffer {
     pub fn f32(&self) -> f32 {
         f32::from_le_bytes(self.bytes()[..4].try_into().unwrap())
     }
+
+    fn floats<const N: usize>(&self) -> [f32; N] {
+        let (floats, _) = self.bytes().as_chunks();
+        std::array::from_fn(|i| f32::from_le_bytes(floats[i]))
+    }
+
+    fn set_floats(&mut self, floats: &[f32]) {
+        for (bytes, x) in self.bytes_mut().chunks_exact_mut(4).zip(floats) {
+            bytes.copy_from_slice(&x.to_le_bytes());
+        }
+    }
 }
 
 /// Numbers over many magnitudes; with `trouble`, some that are not finite.
@@ -123,6 +141,9 @@ pub struct Param {
     pub has_grad: bool,
     pub state: Vec<Buffer>,
     pub step: Buffer,
+    /// Squared norms of the last gradients, and which of them limits the next.
+    pub history: Buffer,
+    pub percentile: Option<usize>,
 }
 
 impl Param {
@@ -168,6 +189,8 @@ impl Param {
             has_grad: true,
             state,
             step,
+            history: Buffer::new(4 * HISTORY, 0),
+            percentile: None,
         }
     }
 
@@ -192,14 +215,24 @@ impl Param {
             grad_scale: None,
             found_inf: None,
             cut: None,
-            percentile: None,
+            percentile: self.percentile.map(|percentile| {
+                let history = self.history.address();
+                DevicePercentile { history, percentile }
+            }),
         }
     }
 
+    /// The number of the coming step.
+    fn t(&self) -> u64 {
+        self.step.f32() as u64 + 1
+    }
+
+    fn coefficients(&self) -> Coefficients {
+        Coefficients::new(&self.hyper, self.t()).with_grad_scale(self.grad_scale)
+    }
+
     /// The same step on the CPU.
-    fn tensor_step(&mut self) -> TensorStep {
-        let t = self.step.f32() as u64 + 1;
-        self.step.set_f32(t as f32);
+    fn tensor_step(&mut self, coefficients: Coefficients) -> TensorStep {
         let pointers = self.state.iter().map(Buffer::pointer);
         let state = RawState::from_buffers(self.format, pointers).unwrap();
         // SAFETY: the buffers are as long as `new` made them, for this walk; nothing else uses them.
@@ -209,13 +242,13 @@ impl Param {
                 (self.g.pointer(), self.grad_dtype),
                 self.walk.clone(),
                 state,
-                Coefficients::new(&self.hyper, t).with_grad_scale(self.grad_scale),
+                coefficients,
             )
         }
     }
 
     fn buffers(&self) -> impl Iterator<Item = &Buffer> {
-        [&self.p, &self.g, &self.step].into_iter().chain(&self.state)
+        [&self.p, &self.g, &self.step, &self.history].into_iter().chain(&self.state)
     }
 }
 
@@ -256,10 +289,28 @@ impl Model {
     pub fn small(count: usize) -> Self {
         let mut seed = 7;
         let kind = |i| {
-            let format = FORMATS[i % FORMATS.len()];
+            let format = FORMATS[i % PLAIN];
             (DType::F32, DType::F32, format)
         };
         Self((0..count).map(|i| Param::flat(kind(i), 16 + i % 300, &mut seed)).collect())
+    }
+
+    /// The same, of which some must be measured before they are stepped: for their update's length,
+    /// for a scale, or both.
+    pub fn measured(mut self) -> Self {
+        for (i, param) in self.0.iter_mut().enumerate() {
+            param.hyper.max_unorm = [0.0, 1e-3, 0.5][i % 3];
+            param.hyper.skip_zeros = i % 4 == 1;
+        }
+        self
+    }
+
+    /// The same, of which some are limited by the norms of their last gradients.
+    pub fn limited(mut self) -> Self {
+        for (i, param) in self.0.iter_mut().enumerate() {
+            param.percentile = [None, Some(0), Some(50)][i % 3];
+        }
+        self
     }
 
     /// A copy that device `ordinal` can use.
@@ -275,16 +326,50 @@ impl Model {
 
     /// One step on the CPU; counts what is not finite.
     pub fn step(&mut self) -> u64 {
-        let with_grad = self.0.iter_mut().filter(|param| param.has_grad);
-        let steps: Vec<TensorStep> = with_grad.map(Param::tensor_step).collect();
+        let ones = vec![1.0; self.0.len()];
+        self.step_by(&ones)
+    }
+
+    /// The same with gradients multiplied by these factors besides.
+    fn step_by(&mut self, factors: &[f32]) -> u64 {
+        let mut steps = Vec::new();
+        for (param, &factor) in self.0.iter_mut().zip(factors).filter(|(param, _)| param.has_grad) {
+            steps.push(param.tensor_step(param.coefficients().with_factor(factor)));
+            param.step.set_f32(param.t() as f32);
+        }
         // SAFETY: all buffers are distinct.
         unsafe { cpu::run(&steps, Backend::Scalar, 1).unwrap() as u64 }
+    }
+
+    /// One step whose gradients are cut first; also returns their norm.
+    pub fn cut_and_step(&mut self, max_norm: Option<f64>) -> (u64, f32) {
+        let mut histories: Vec<[f32; HISTORY]> =
+            self.0.iter().map(|param| param.history.floats()).collect();
+        let mut gradients = Vec::new();
+        for (param, history) in self.0.iter_mut().zip(&mut histories) {
+            let (mut squares, mut percentile) = (0.0, None);
+            if param.has_grad {
+                let step = param.tensor_step(param.coefficients());
+                // SAFETY: the gradient is valid, and nobody writes it.
+                squares = unsafe { cpu::squared_norms(&[step], Backend::Scalar, 1) }.unwrap()[0];
+                let t = param.t();
+                percentile =
+                    param.percentile.map(|percentile| Percentile { history, t, percentile });
+            }
+            gradients.push(Gradient { squares, factor: param.coefficients().factor, percentile });
+        }
+        let (norm, factors) = clip::gradients(&mut gradients, max_norm);
+        for (param, history) in self.0.iter_mut().zip(histories) {
+            param.history.set_floats(&history);
+        }
+        (self.step_by(&factors), norm as f32)
     }
 
     /// The first parameter with non-finite gradients, and how many, by the CPU.
     pub fn count_nonfinite(&self) -> Option<(usize, usize)> {
         let mut model = self.clone();
-        let steps: Vec<TensorStep> = model.0.iter_mut().map(Param::tensor_step).collect();
+        let step = |param: &mut Param| param.tensor_step(param.coefficients());
+        let steps: Vec<TensorStep> = model.0.iter_mut().map(step).collect();
         // SAFETY: all buffers are distinct.
         match unsafe { cpu::count_nonfinite(&steps, 1) } {
             Ok(()) => None,
@@ -315,6 +400,7 @@ impl Model {
             let about = format!("{what}: {} of {:?}", i, (a.dtype, a.grad_dtype, a.format));
             assert!(a.p.bytes() == b.p.bytes(), "parameter {about}");
             assert_eq!(a.step.f32(), b.step.f32(), "step count {about}");
+            assert!(a.history.bytes() == b.history.bytes(), "history of {about}");
             for (k, (a, b)) in a.state.iter().zip(&b.state).enumerate() {
                 assert!(a.bytes() == b.bytes(), "state {k} of {about}");
             }
@@ -332,8 +418,8 @@ pub struct OnDevice<'a> {
 impl OnDevice<'_> {
     fn adopt(&mut self) {
         for param in &mut self.model.0 {
-            let Param { p, g, step, state, .. } = param;
-            for buffer in [p, g, step].into_iter().chain(state) {
+            let Param { p, g, step, state, history, .. } = param;
+            for buffer in [p, g, step, history].into_iter().chain(state) {
                 if buffer.len > 0 && !buffer.is_paged() {
                     assert_eq!(self.soft.adopt(buffer.bytes_mut(), self.ordinal), 0);
                 }
