@@ -256,6 +256,52 @@ def test_a_history_that_starts_late_starts_with_its_first_norm():
     assert same_bits(kept, optimizer.state[ours[0]]["gnorm_vec"])
 
 
+@pytest.mark.parametrize("lost", [0.0, math.nan])
+def test_gradients_of_nothing_do_not_cut_later_ones(lost):
+    """In bitsandbytes six of them would cut all gradients to 0 for a hundred steps."""
+    ours, theirs = twins((300,))
+    optimizer = qadam.AdamW(ours, percentile_clipping=5)
+    plain = qadam.AdamW(theirs)
+    give_grads(ours, theirs, seed=0)
+    given = ours[0].grad.clone()
+    for step in range(20):
+        for param in (ours[0], theirs[0]):
+            param.grad = torch.full_like(given, lost) if 5 <= step < 13 else given.clone()
+        if step == 5 and math.isnan(lost):
+            with pytest.warns(RuntimeWarning, match="300 gradient elements"):
+                optimizer.step()
+            with pytest.warns(RuntimeWarning, match="300 gradient elements"):
+                plain.step()
+        else:
+            optimizer.step()
+            plain.step()
+    assert all_same(ours, theirs)
+    assert (optimizer.state[ours[0]]["gnorm_vec"] > 0).all()
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("options", WIDTHS)
+def test_small_norms_are_what_they_are_where_subnormals_are_flushed(options):
+    """Squared norms around 1e-40, for which float32 has subnormals."""
+    bits = []
+    for flush in (False, True):
+        (ours,), _ = twins((300,))
+        optimizer = qadam.AdamW([ours], percentile_clipping=5, **options)
+        grads = [torch.randn(300, generator=torch.Generator().manual_seed(s)) for s in range(9)]
+        grads = [grad * 10.0 ** (-22 + s % 3) for s, grad in enumerate(grads)]
+        assert torch.set_flush_denormal(flush)
+        try:
+            for grad in grads:
+                ours.grad = grad
+                optimizer.step()
+        finally:
+            torch.set_flush_denormal(False)
+        history = optimizer.state[ours]["gnorm_vec"]
+        assert 0 < history.min() < 1e-38
+        bits.append((ours.detach().clone(), history.clone()))
+    assert all_same(*bits)
+
+
 def test_both_cuts_in_a_row():
     """First all together, then each by the norm that is left."""
     ours, theirs = twins((300,), (400,))

@@ -342,7 +342,7 @@ def test_a_damaged_dict_is_refused_by_key_and_the_optimizer_is_as_before(bits, d
     saved = copy.deepcopy(source.state_dict())
     damage(saved)
     before = frozen(target)
-    with pytest.raises((ValueError, KeyError, TypeError, NotImplementedError)) as caught:
+    with pytest.raises((ValueError, KeyError, TypeError)) as caught:
         target.load_state_dict(saved)
     for word in words:
         assert caught.match(word)

@@ -703,7 +703,7 @@ def test_state_that_does_not_fit_is_refused_at_every_step_before_anything_is_wri
     damage(optimizer.state[p])
     before = frozen(optimizer)
     for _ in range(3):
-        with pytest.raises((ValueError, KeyError, TypeError, NotImplementedError)):
+        with pytest.raises((ValueError, KeyError, TypeError)):
             optimizer.step()
         assert frozen(optimizer) == before
 

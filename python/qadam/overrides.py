@@ -33,11 +33,12 @@ class GlobalOptimManager:
         manager = qadam.GlobalOptimManager.get_instance()
         manager.override_config(model.embedding.weight, "optim_bits", 32)
 
-    Options of hyperparameters (``lr``, ``betas``, ``eps``, ``weight_decay``) count from the next
-    step on. Those of the state (``optim_bits``, ``min_8bit_size``, ``is_paged``) count when state
-    is made: set them before the first step, or load a state dict. An overridden ``lr`` follows
-    schedulers, and changes by hand: it is multiplied by the group's ``lr`` now, over what that was
-    when the group was added (``initial_lr``, where a scheduler says so).
+    Options of hyperparameters (``lr``, ``betas``, ``eps``, ``weight_decay``, ``amsgrad``,
+    ``maximize``, ``percentile_clipping``, ``max_unorm``, ``skip_zeros``) count from the next step
+    on. Those of the state (``optim_bits``, ``min_8bit_size``, ``block_wise``, ``is_paged``) count
+    when state is made: set them before the first step, or load a state dict. An overridden ``lr``
+    follows schedulers, and changes by hand: it is multiplied by the group's ``lr`` now, over what
+    that was when the group was added (``initial_lr``, where a scheduler says so).
 
     Parameters are held weakly and by identity: an override ends with its parameter, and survives
     ``model.cuda()``, which keeps parameters and replaces their data.

@@ -1,7 +1,7 @@
 //! By how much gradients and updates are cut: the definitions.
 //!
 //! All of it is f64, whose operations here are rounded correctly, and only the factor that comes out
-//! is rounded to f32: devices compute the same. Sums of squares are those of [`norm`](crate::norm).
+//! is rounded to f32: devices compute the same. Sums of squares are those of [`norm`].
 
 use crate::error::{Error, Result};
 use crate::ieee;

@@ -457,6 +457,7 @@ def _to_device(value: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 _USUAL = {"max_grad_norm": None} | {
-    name: DEFAULTS[name] for name in ("percentile_clipping", "block_wise", "max_unorm", "skip_zeros")
+    name: DEFAULTS[name]
+    for name in ("percentile_clipping", "block_wise", "max_unorm", "skip_zeros")
 }
 """Options that an optimizer's text names if they are not these."""
