@@ -149,7 +149,9 @@ fn nothing_is_remembered_of_steps_that_are_not_taken() {
     }
     // Not one gradient, and not one step.
     want.0.iter_mut().for_each(|param| param.has_grad = false);
-    steps.iter_mut().for_each(|step| step.grad = 0);
+    for step in &mut steps {
+        step.grad = 0;
+    }
     // SAFETY: as above.
     unsafe {
         let cuts = stepper.clip(&steps, &clip, 0).unwrap();
