@@ -57,8 +57,10 @@ pub fn percentile(history: &mut [f32; HISTORY], t: u64, percentile: usize, squar
     let mut sorted = *history;
     sorted.sort_unstable_by(f32::total_cmp);
     let limit = sorted[percentile];
-    // By bits, in which no mode of the processor matters. There may be a -0.
-    if current.to_bits() <= limit.to_bits() && limit.is_sign_positive() {
+    // By bits, in which no mode of the processor matters. A history from elsewhere may hold a -0, or
+    // NaN, which is no limit.
+    let is_below = current.to_bits() <= limit.to_bits() && limit.is_sign_positive();
+    if is_below || limit.is_nan() {
         return 1.0;
     }
     ieee::compute(|| (f64::from(limit).sqrt() / f64::from(current).sqrt()) as f32)
@@ -201,6 +203,15 @@ mod tests {
         assert_eq!((history[7], history[8]), (norm, 1.0));
         let (norm, factors) = gradients(&mut [], None);
         assert_eq!((norm, factors), (0.0, vec![]));
+    }
+
+    #[test]
+    fn a_damaged_history_is_no_limit() {
+        for damage in [f32::NAN, -f32::NAN] {
+            let mut history = [damage; HISTORY];
+            assert_eq!(percentile(&mut history, 3, 50, 4.0), 1.0);
+            assert_eq!(history[3], 4.0);
+        }
     }
 
     #[test]

@@ -134,7 +134,8 @@ unsafe fn of_tensor(step: &TensorStep, chunks: &[Found]) -> Measured {
                 // SAFETY: this function's contract; the tensor has an element, so there is a scale.
                 let old = unsafe { usable_scale(*moment.scale) };
                 let largest = chunks.iter().map(|found| found.largest[index]);
-                let least = if keeps { old } else { 0.0 };
+                // a -0 from elsewhere is no least: which zero is the larger is left open
+                let least = if keeps && old.is_sign_positive() { old } else { 0.0 };
                 *scale = ieee::compute(|| largest.fold(least, f32::max));
             }
             Some(scales)

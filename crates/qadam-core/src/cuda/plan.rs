@@ -126,8 +126,8 @@ impl Plan {
             self.grads.push(grad);
             let mut tensor = tensor(step, hyper);
             let counts = match purpose {
-                Purpose::Step | Purpose::Reserve => step.is_to_measure(),
-                Purpose::Count => false,
+                // counted or stepped, the table is the same
+                Purpose::Step | Purpose::Reserve | Purpose::Count => step.is_to_measure(),
                 Purpose::Clip(_) => true,
             };
             let (fold, segment) = (self.folds as u32, segments as u32); // of 2^44 elements in all

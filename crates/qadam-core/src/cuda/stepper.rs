@@ -117,7 +117,8 @@ impl Stepper {
     /// [`DeviceStep::cut`] before it is stepped.
     ///
     /// Gradients of address 0, and those of steps whose `found_inf` is not 0, count as 0; what is found
-    /// for them changes nothing. Whatever `cut` the steps have is not looked at.
+    /// for them changes nothing. (They keep their place in the order of the sum, so a list without them
+    /// can have a norm of other last bits.) Whatever `cut` the steps have is not looked at.
     ///
     /// What is returned holds until the next call, on any stream. The steps belong behind this on the
     /// same stream (in the same graph, if it is captured), all of them or some, in one step or several;

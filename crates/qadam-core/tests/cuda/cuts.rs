@@ -3,11 +3,11 @@
 
 use cudarc::driver::result;
 use qadam_core::cuda::{DeviceClip, DevicePercentile, DeviceStep, Launcher, Stepper};
-use qadam_core::{Error, Hyper, NonFinite, Result};
+use qadam_core::{DType, Error, Hyper, NonFinite, Result, StateFormat};
 
 use crate::calls::calls;
 use crate::device::{Stream, leaks, soft, use_device};
-use crate::model::{Buffer, Model, OnDevice};
+use crate::model::{Buffer, Model, OnDevice, Param};
 use crate::stand_in::Soft;
 
 /// An f32 of device 0.
@@ -440,4 +440,65 @@ fn any_call_may_fail_and_nothing_is_touched() {
     assert!(failures > 60, "{failures}");
     streams.into_iter().for_each(Stream::destroy);
     assert_eq!(soft.text("softgpu_findings"), "");
+}
+
+/// Cuts and steps on the device and on the CPU, and compares everything.
+fn compare(mut model: Model, soft: &Soft, max_norm: Option<f64>, what: &str) {
+    let got = model.on_device(soft, 0);
+    let mut stepper = Stepper::new(0).unwrap();
+    let norm = Number::new(soft, -1.0);
+    let clip = DeviceClip { max_norm, norm: Some(norm.buffer.address()) };
+    cut_and_step(&mut stepper, &got, &clip, 0).unwrap();
+    let (_, want) = model.cut_and_step(max_norm);
+    assert_eq!(norm.buffer.f32().to_bits(), want.to_bits(), "{what}: the norm");
+    got.model.assert_same(&model, what);
+}
+
+fn param(format: StateFormat, len: usize) -> Param {
+    Param::flat((DType::F32, DType::F32, format), len, &mut 3)
+}
+
+#[test]
+fn every_level_of_the_sums_is_the_cpus() {
+    let soft = soft();
+    // more tensors, and more folds of one, than a fold takes
+    let many = (0..4200).map(|_| param(StateFormat::F32, 1)).collect();
+    compare(Model(many).limited(), &soft, Some(0.1), "many tensors");
+    let mut long = param(StateFormat::F32, 4096 * 4096 + 3 * 4096 + 77);
+    long.hyper.max_unorm = 1e-4;
+    let model = Model(vec![long, param(StateFormat::F32, 5000)]);
+    compare(model, &soft, Some(0.1), "a long tensor");
+}
+
+#[test]
+fn a_history_of_nan_limits_nothing() {
+    let soft = soft();
+    for nan in [0x7FC0_0000_u32, 0xFFC0_0000] {
+        let mut model = Model::small(3).limited();
+        for param in &mut model.0 {
+            for place in param.history.bytes_mut().chunks_exact_mut(4) {
+                place.copy_from_slice(&nan.to_le_bytes());
+            }
+        }
+        compare(model, &soft, None, "a history of NaN");
+    }
+}
+
+#[test]
+fn a_scale_of_minus_zero_is_one_of_zero() {
+    let soft = soft();
+    for block_wise in [false, true] {
+        for tiny in [0.0, 1e-42_f32] {
+            let mut param = param(StateFormat::DYNAMIC8.with_block_wise(block_wise), 600);
+            param.hyper.skip_zeros = true;
+            param.g.bytes_mut().fill(0);
+            param.g.bytes_mut()[1200..1204].copy_from_slice(&tiny.to_le_bytes());
+            for scales in [1, 3] {
+                for scale in param.state[scales].bytes_mut().chunks_exact_mut(4) {
+                    scale.copy_from_slice(&(-0.0_f32).to_le_bytes());
+                }
+            }
+            compare(Model(vec![param]), &soft, None, "a scale of -0");
+        }
+    }
 }
