@@ -697,3 +697,17 @@ def test_lazily_negated_state_is_taken_for_what_it_means(new):
     lazy = {**entry, "exp_avg": torch._neg_view(-entry["exp_avg"])}
     want, got = (qstate.fit(x, p, FORMATS[new], "p") for x in (entry, lazy))
     assert bits_of(got) == bits_of(want)
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg"])
+def test_lazily_negated_float8_is_refused_by_name(key):
+    """torch cannot read it: ``resolve_neg`` is not implemented for it."""
+    (p,), (q,) = twins((300,))
+    a, b = qadam.AdamW([p]), qadam.AdamW([q])
+    train(1, a, b)
+    saved = a.state_dict()
+    saved["state"][0][key] = torch._neg_view(saved["state"][0][key].to(torch.float8_e5m2))
+    before = frozen(b)
+    with pytest.raises(ValueError, match=rf"{key}.*lazily negated"):
+        b.load_state_dict(saved)
+    assert frozen(b) == before

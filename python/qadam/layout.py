@@ -275,6 +275,8 @@ def lacks(tensor: Tensor) -> str | None:
         return "a meta tensor"
     if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
         return "a tensor whose memory has been freed"
+    if tensor.is_neg() and tensor.is_floating_point() and tensor.element_size() == 1:
+        return f"a lazily negated view of {tensor.dtype}"  # which torch cannot resolve
     return None
 
 
