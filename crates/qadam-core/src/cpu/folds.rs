@@ -13,7 +13,7 @@ use crate::tensor::TensorStep;
 /// Chunks that a thread takes at a time.
 const GRAIN: usize = 8;
 
-/// Part of a tensor: `len` elements from `start` on, which is a multiple of [`CHUNK`].
+/// Part of a tensor: `len` elements from `start` on.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Chunk {
     pub tensor: usize,
@@ -21,12 +21,15 @@ pub(super) struct Chunk {
     pub len: usize,
 }
 
-/// All chunks of the tensors, in order.
-pub(super) fn chunks<'a>(steps: impl Iterator<Item = (usize, &'a TensorStep)>) -> Vec<Chunk> {
+/// All chunks of the tensors, in order: of `size` elements, but for the last of each tensor.
+pub(super) fn chunks<'a>(
+    steps: impl Iterator<Item = (usize, &'a TensorStep)>,
+    size: usize,
+) -> Vec<Chunk> {
     let of_tensor = |(tensor, step): (usize, &TensorStep)| {
         let total = step.len();
-        let chunk = move |start| Chunk { tensor, start, len: CHUNK.min(total - start) };
-        (0..total).step_by(CHUNK).map(chunk)
+        let chunk = move |start| Chunk { tensor, start, len: size.min(total - start) };
+        (0..total).step_by(size).map(chunk)
     };
     steps.flat_map(of_tensor).collect()
 }

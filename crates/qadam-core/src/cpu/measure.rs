@@ -67,7 +67,7 @@ pub(super) unsafe fn measure(
     if asking().next().is_none() {
         return Ok(Vec::new());
     }
-    let chunks = folds::chunks(asking());
+    let chunks = folds::chunks(asking(), norm::CHUNK);
     let gauge = |chunk: &Chunk| {
         let step = &steps[chunk.tensor];
         let kernels = Kernels::select(backend, step.param_dtype, step.grad_dtype);

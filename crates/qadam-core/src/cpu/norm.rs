@@ -26,7 +26,7 @@ pub unsafe fn squared_norms(
     threads: usize,
 ) -> Result<Vec<f64>> {
     assert!(backend.is_available(), "{backend:?} on a processor without it");
-    let chunks = folds::chunks(steps.iter().enumerate());
+    let chunks = folds::chunks(steps.iter().enumerate(), CHUNK);
     let sums = folds::each(&chunks, threads, |chunk| {
         let step = &steps[chunk.tensor];
         // SAFETY: the chunk lies within its tensor, whose gradient is valid by contract; the

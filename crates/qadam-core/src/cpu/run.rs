@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use super::folds::{Chunk, chunks};
 use super::kernels::{Coded8, Kernels};
 use super::measure::{Measured, measure};
 use super::{Backend, pool};
@@ -25,25 +26,6 @@ use crate::tensor::{RawState, TensorStep};
 /// Elements a chunk: 128 blocks, small enough to balance threads, large enough to hide the
 /// hand-over.
 const CHUNK: usize = 128 * BLOCK;
-
-/// Part of one tensor.
-#[derive(Debug, Clone, Copy)]
-struct Chunk {
-    tensor: usize,
-    start: usize,
-    len: usize,
-}
-
-fn chunks(steps: &[TensorStep]) -> Vec<Chunk> {
-    let of_tensor = |(tensor, step): (usize, &TensorStep)| {
-        let total = step.len();
-        (0..total).step_by(CHUNK).map(move |start| {
-            let len = CHUNK.min(total - start);
-            Chunk { tensor, start, len }
-        })
-    };
-    steps.iter().enumerate().flat_map(of_tensor).collect()
-}
 
 /// Runs `work` for every chunk on `threads` threads and adds up what it returns.
 fn over_chunks(
@@ -130,7 +112,7 @@ pub unsafe fn run(steps: &[TensorStep], backend: Backend, threads: usize) -> Res
         // `TensorStep::new`; chunks are disjoint and begin at blocks; the types select the kernels.
         unsafe { apply_to_chunk(step, chunk, &Told::new(step, of(chunk.tensor)), kernels) }
     };
-    let chunks = chunks(steps);
+    let chunks = chunks(steps.iter().enumerate(), CHUNK);
     let of_chunk = |chunk: usize| (chunks[chunk].tensor, chunks[chunk].start, chunks[chunk].len);
     let nonfinite = through_pages(steps, chunks.len(), of_chunk, threads, |part| {
         over_chunks(steps, &chunks[part], threads, update)
@@ -208,12 +190,12 @@ pub unsafe fn count_nonfinite(steps: &[TensorStep], threads: usize) -> Result<()
         });
         total
     };
-    if over_chunks(steps, &chunks(steps), threads, count)? == 0 {
+    if over_chunks(steps, &chunks(steps.iter().enumerate(), CHUNK), threads, count)? == 0 {
         return Ok(());
     }
     for (index, step) in steps.iter().enumerate() {
         let step = std::slice::from_ref(step);
-        let count = over_chunks(step, &chunks(step), threads, count)?;
+        let count = over_chunks(step, &chunks(step.iter().enumerate(), CHUNK), threads, count)?;
         if count > 0 {
             return Err(Error::NonFiniteGradient { index, count });
         }
