@@ -34,15 +34,30 @@ fn over_chunks(
     threads: usize,
     work: impl Fn(&TensorStep, Chunk) -> usize + Sync,
 ) -> Result<usize> {
-    let elements: usize = chunks.iter().map(|chunk| chunk.len).sum();
-    let run = |chunk: &Chunk| {
+    let run = |chunks: &[Chunk]| -> usize {
         let _ieee = Ieee::enter();
-        work(&steps[chunk.tensor], *chunk)
+        chunks.iter().map(|chunk| work(&steps[chunk.tensor], *chunk)).sum()
     };
+    let elements: usize = chunks.iter().map(|chunk| chunk.len).sum();
     if threads == 1 || elements <= CHUNK {
-        return Ok(chunks.iter().map(run).sum());
+        return Ok(run(chunks));
     }
-    Ok(pool::pool(threads)?.install(|| chunks.par_iter().map(run).sum()))
+    let batches = batches(chunks);
+    Ok(pool::pool(threads)?.install(|| batches.par_iter().map(|part| run(part)).sum()))
+}
+
+/// Runs of `chunks` of at least [`CHUNK`] elements, but for the last: a thread that takes one takes
+/// enough, however small the tensors are.
+fn batches(chunks: &[Chunk]) -> Vec<&[Chunk]> {
+    let (mut batches, mut start, mut elements) = (Vec::new(), 0, 0);
+    for (index, chunk) in chunks.iter().enumerate() {
+        elements += chunk.len;
+        if elements >= CHUNK || index + 1 == chunks.len() {
+            batches.push(&chunks[start..=index]);
+            (start, elements) = (index + 1, 0);
+        }
+    }
+    batches
 }
 
 /// Returns an error where paged state cannot be stepped: it belongs to another process, or an
@@ -51,39 +66,38 @@ fn over_chunks(
 /// # Errors
 /// [`Error::Forked`], [`Error::PageFile`].
 pub fn check(steps: &[TensorStep]) -> Result<()> {
-    if mapped::is_unused() {
-        return Ok(());
-    }
-    check_owner(steps)?;
-    arenas(steps).iter().flatten().try_for_each(|arena| arena.check())
+    arenas(steps)?.iter().flatten().try_for_each(|arena| arena.check())
 }
 
-/// [`check`] without what an earlier wave of the same step could have found.
-fn check_owner(steps: &[TensorStep]) -> Result<()> {
+/// The arena of each tensor's state, none where its buffers are not all in one; nothing at all where
+/// there is no arena.
+///
+/// # Errors
+/// [`Error::Forked`] where a buffer is in another process's.
+fn arenas(steps: &[TensorStep]) -> Result<Vec<Option<Arc<Arena>>>> {
+    if mapped::is_unused() {
+        return Ok(Vec::new());
+    }
     let process = process::id();
-    for (index, step) in steps.iter().enumerate() {
-        for range in step.state.addresses(0, step.len()) {
+    let of_step = |(index, step): (usize, &TensorStep)| {
+        let ranges = step.state.addresses(0, step.len());
+        let mut first = None;
+        for (place, range) in ranges.iter().enumerate() {
             let Some(arena) = mapped::find(range.start) else { continue };
             if arena.owner() != process {
                 return Err(Error::Forked { index, owner: arena.owner(), process });
             }
+            let end = arena.address() + arena.bytes();
+            let is_within =
+                |range: &Range<usize>| arena.address() <= range.start && range.end <= end;
+            if place == 0 && ranges.iter().all(is_within) {
+                first = Some(arena);
+                break;
+            }
         }
-    }
-    Ok(())
-}
-
-/// The arena of each tensor's state; none where its buffers are not all in one.
-fn arenas(steps: &[TensorStep]) -> Vec<Option<Arc<Arena>>> {
-    let of_step = |step: &TensorStep| {
-        let ranges = step.state.addresses(0, step.len());
-        let arena = mapped::find(ranges.first()?.start)?;
-        let end = arena.address() + arena.bytes();
-        ranges
-            .iter()
-            .all(|range| arena.address() <= range.start && range.end <= end)
-            .then_some(arena)
+        Ok(first)
     };
-    steps.iter().map(of_step).collect()
+    steps.iter().enumerate().map(of_step).collect()
 }
 
 /// Updates every tensor and returns how many elements had a non-finite gradient.
@@ -100,21 +114,25 @@ fn arenas(steps: &[TensorStep]) -> Vec<Option<Arc<Arena>>> {
 /// If `backend` is not [available](Backend::is_available).
 pub unsafe fn run(steps: &[TensorStep], backend: Backend, threads: usize) -> Result<usize> {
     assert!(backend.is_available(), "{backend:?} on a processor without it");
-    if !mapped::is_unused() {
-        check_owner(steps)?;
-    }
+    let arenas = arenas(steps)?;
     // SAFETY: by contract.
     let measured = unsafe { measure(steps, backend, threads)? };
     let of = |tensor: usize| measured.get(tensor).copied().flatten();
     let update = |step: &TensorStep, chunk: Chunk| {
         let kernels = Kernels::select(backend, step.param_dtype, step.grad_dtype);
+        let measured = of(chunk.tensor);
+        let scaled = measured.map(|found| step.coefficients.with_update_scale(found.update_scale));
+        let told = Told {
+            coefficients: scaled.as_ref().unwrap_or(&step.coefficients),
+            new_scales: measured.and_then(|found| found.new_scales),
+        };
         // SAFETY: the chunk lies within the tensor, whose pointers are valid and exclusive by
         // `TensorStep::new`; chunks are disjoint and begin at blocks; the types select the kernels.
-        unsafe { apply_to_chunk(step, chunk, &Told::new(step, of(chunk.tensor)), kernels) }
+        unsafe { apply_to_chunk(step, chunk, &told, kernels) }
     };
     let chunks = chunks(steps.iter().enumerate(), CHUNK);
     let of_chunk = |chunk: usize| (chunks[chunk].tensor, chunks[chunk].start, chunks[chunk].len);
-    let nonfinite = through_pages(steps, chunks.len(), of_chunk, threads, |part| {
+    let nonfinite = through_arenas(steps, &arenas, chunks.len(), of_chunk, threads, |part| {
         over_chunks(steps, &chunks[part], threads, update)
     })?;
     for (tensor, step) in steps.iter().enumerate() {
@@ -140,10 +158,18 @@ pub(super) fn through_pages(
     threads: usize,
     work: impl Fn(Range<usize>) -> Result<usize>,
 ) -> Result<usize> {
-    if mapped::is_unused() {
-        return work(0..count);
-    }
-    let arenas = arenas(steps);
+    through_arenas(steps, &arenas(steps)?, count, chunk, threads, work)
+}
+
+/// [`through_pages`], with the [`arenas`] of the steps.
+fn through_arenas(
+    steps: &[TensorStep],
+    arenas: &[Option<Arc<Arena>>],
+    count: usize,
+    chunk: impl Fn(usize) -> (usize, usize, usize),
+    threads: usize,
+    work: impl Fn(Range<usize>) -> Result<usize>,
+) -> Result<usize> {
     let paged: Vec<&Arena> = arenas.iter().flatten().map(AsRef::as_ref).collect();
     if paged.is_empty() {
         return work(0..count);
@@ -204,22 +230,12 @@ pub unsafe fn count_nonfinite(steps: &[TensorStep], threads: usize) -> Result<()
 }
 
 /// What a tensor's kernels are told.
-struct Told {
-    coefficients: Coefficients,
+struct Told<'a> {
+    coefficients: &'a Coefficients,
     new_scales: Option<[f32; 3]>,
 }
 
-impl Told {
-    fn new(step: &TensorStep, measured: Option<Measured>) -> Self {
-        let coefficients = step.coefficients;
-        match measured {
-            None => Self { coefficients, new_scales: None },
-            Some(Measured { update_scale, new_scales }) => {
-                Self { coefficients: coefficients.with_update_scale(update_scale), new_scales }
-            }
-        }
-    }
-
+impl Told<'_> {
     /// Updates `len` contiguous elements from `start` on.
     ///
     /// # Safety
@@ -233,7 +249,7 @@ impl Told {
         grad: *const u8,
         kernels: Kernels,
     ) -> usize {
-        let c = &self.coefficients;
+        let c = self.coefficients;
         // SAFETY: this function's contract is the kernels'.
         unsafe {
             match step.state {
@@ -254,7 +270,12 @@ impl Told {
 ///
 /// # Safety
 /// It lies within `step`, begins at a block, and no other thread has it.
-unsafe fn apply_to_chunk(step: &TensorStep, chunk: Chunk, told: &Told, kernels: Kernels) -> usize {
+unsafe fn apply_to_chunk(
+    step: &TensorStep,
+    chunk: Chunk,
+    told: &Told<'_>,
+    kernels: Kernels,
+) -> usize {
     let Chunk { start, len, .. } = chunk;
     let mut nonfinite = 0;
     // SAFETY: by contract.
@@ -427,5 +448,22 @@ mod tests {
         assert_eq!(disjoint_waves(&[0..10, 0..10, 0..10]), [0, 1, 2]);
         assert_eq!(disjoint_waves(&[0..4, 0..0, 0..0, 2..3]), [0, 0, 0, 1]);
         assert_eq!(disjoint_waves(&[]), Vec::<usize>::new());
+    }
+
+    #[test]
+    fn batches_are_all_chunks_in_order_and_large_enough() {
+        let of = |lens: &[usize]| -> Vec<Chunk> {
+            lens.iter().enumerate().map(|(tensor, &len)| Chunk { tensor, start: 0, len }).collect()
+        };
+        for lens in [vec![], vec![1; 7], vec![CHUNK; 3], vec![3000; 100], vec![1, CHUNK, 1, 0]] {
+            let chunks = of(&lens);
+            let batches = batches(&chunks);
+            let tensors = batches.concat().iter().map(|chunk| chunk.tensor).collect::<Vec<_>>();
+            assert_eq!(tensors, (0..lens.len()).collect::<Vec<_>>());
+            let sums = batches.iter().map(|part| part.iter().map(|chunk| chunk.len).sum());
+            let sums: Vec<usize> = sums.collect();
+            let all_but_last = &sums[..sums.len().saturating_sub(1)];
+            assert!(all_but_last.iter().all(|sum| (CHUNK..2 * CHUNK).contains(sum)), "{sums:?}");
+        }
     }
 }
