@@ -8,22 +8,41 @@ use pyo3::prelude::*;
 use pyo3::{ffi, intern};
 
 const NAME: &CStr = c"dltensor";
-const CPU: i32 = 1;
-const CUDA: i32 = 2;
-const UNSIGNED: u8 = 1;
+pub const CPU: i32 = 1;
+pub const CUDA: i32 = 2;
+pub const UNSIGNED: u8 = 1;
+pub const FLOAT: u8 = 2;
+pub const BFLOAT: u8 = 4;
 
+/// The protocol's description of a tensor's memory.
 #[repr(C)]
-struct DLTensor {
-    data: *mut c_void,
-    device_type: i32,
-    device_id: i32,
-    ndim: i32,
-    dtype_code: u8,
-    dtype_bits: u8,
-    dtype_lanes: u16,
-    shape: *mut i64,
-    strides: *mut i64,
-    byte_offset: u64,
+pub struct DLTensor {
+    pub data: *mut c_void,
+    pub device_type: i32,
+    pub device_id: i32,
+    pub ndim: i32,
+    pub dtype_code: u8,
+    pub dtype_bits: u8,
+    pub dtype_lanes: u16,
+    pub shape: *mut i64,
+    pub strides: *mut i64,
+    pub byte_offset: u64,
+}
+
+impl DLTensor {
+    /// Describes nothing; for others to fill in.
+    pub const EMPTY: Self = Self {
+        data: std::ptr::null_mut(),
+        device_type: 0,
+        device_id: 0,
+        ndim: 0,
+        dtype_code: 0,
+        dtype_bits: 0,
+        dtype_lanes: 0,
+        shape: std::ptr::null_mut(),
+        strides: std::ptr::null_mut(),
+        byte_offset: 0,
+    };
 }
 
 #[repr(C)]

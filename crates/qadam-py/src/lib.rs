@@ -4,11 +4,12 @@
 //! * `paging` hands out paged memory as tensors (`dlpack`);
 //! * `quantize` encodes and decodes state for checkpoints of another width;
 //! * `software` lets the tests stand CPU memory in for a GPU's;
-//! * `tensor` reads what is needed of a torch tensor.
+//! * `tensor` reads what is needed of a torch tensor, `exchange` the same at a glance.
 
 mod dlpack;
 mod engine;
 mod error;
+mod exchange;
 mod paging;
 mod quantize;
 mod software;

@@ -46,10 +46,27 @@ impl Torch {
         self.current_stream.call1(py, (device,))?.getattr(py, "cuda_stream")?.extract(py)
     }
 
+    /// The type of a tensor's elements, if there are such in parameters or state.
+    pub fn element(&self, dtype: &Bound<'_, PyAny>) -> Option<Element> {
+        match self.dtype(dtype) {
+            Some(known) => Some(Element::Float(known)),
+            None => self.uint8.is(dtype).then_some(Element::U8),
+        }
+    }
+
     /// The core's name for a torch dtype, if it has one.
     pub fn dtype(&self, object: &Bound<'_, PyAny>) -> Option<DType> {
         self.dtypes.iter().find(|(known, _)| known.is(object)).map(|&(_, dtype)| dtype)
     }
+}
+
+/// The type of a tensor's elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Element {
+    /// Parameters, gradients, moments.
+    Float(DType),
+    /// Codes.
+    U8,
 }
 
 /// Where a tensor's memory is.
@@ -61,11 +78,16 @@ pub enum Device {
 }
 
 impl Device {
+    /// Where torch's CPU tensors are.
+    pub fn host() -> Self {
+        if software::in_use() { Self::Cuda(0) } else { Self::Cpu }
+    }
+
     /// Where `object` is; `None` for devices that qadam does not know.
     pub fn of(object: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
         let py = object.py();
         if object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
-            return Ok(Some(if software::in_use() { Self::Cuda(0) } else { Self::Cpu }));
+            return Ok(Some(Self::host()));
         }
         if object.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
             let number = object.call_method0(intern!(py, "get_device"))?.extract()?;
@@ -156,16 +178,6 @@ impl<'py> Tensor<'py> {
     /// The address of a tensor that was read before.
     pub fn pointer_of(object: &Bound<'py, PyAny>) -> PyResult<usize> {
         object.call_method0(intern!(object.py(), "data_ptr"))?.extract()
-    }
-
-    /// Elements from the first in memory to behind the last.
-    pub fn span(&self) -> PyResult<usize> {
-        let (shape, strides) = self.geometry()?;
-        if shape.contains(&0) {
-            return Ok(0);
-        }
-        let reach = shape.iter().zip(strides).map(|(&n, stride)| stride.unsigned_abs() * (n - 1));
-        Ok(reach.sum::<usize>() + 1)
     }
 
     /// Shape and strides as vectors.

@@ -6,14 +6,21 @@
 //!
 //! * `tensors`: gathers gradients, keeps slots current, finds who shares memory;
 //! * `run`: hands them to the devices;
-//! * `slot`: one parameter and its state;
+//! * `slot`: one parameter and its state, `known`: what is remembered of a tensor,
+//!   `nearby`: where;
+//! * `items`: whether a dictionary holds what it held;
+//! * `gradient`: what is read of a gradient;
 //! * `groups`: hyperparameters;
 //! * `amp`: what mixed precision's gradient scaler says;
 //! * `clip`: how gradients are cut.
 
 mod amp;
 mod clip;
+mod gradient;
 mod groups;
+mod items;
+mod known;
+mod nearby;
 mod run;
 mod slot;
 mod tensors;
@@ -130,10 +137,10 @@ impl Engine {
             return Ok(()); // in the middle of a step, all of it is in use
         };
         for slot in tensors.slots() {
-            visit.call(&slot.param)?;
+            visit.call(&slot.param.object)?;
             visit.call(&slot.entry)?;
             for tensor in slot.tensors() {
-                visit.call(&tensor.object)?;
+                visit.call(&tensor.known.object)?;
             }
         }
         Ok(())

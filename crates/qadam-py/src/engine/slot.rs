@@ -1,28 +1,35 @@
 //! A parameter and its state, checked once and compared at every step.
 
+use std::ops::Range;
+
 use pyo3::exceptions::{PyKeyError, PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString, PyTuple};
+use pyo3::types::{PyDict, PyString};
 use qadam_core::clip::HISTORY;
 use qadam_core::cuda::DeviceState;
 use qadam_core::{BufferSpec, DType, Per, RawState, StateFormat, StateType, Walk, is_dense_like};
 
-use crate::tensor::{Device, Tensor, Torch, is_freed, is_negated};
+use super::items::{Item, holds, identities};
+use super::known::Known;
+use crate::tensor::{Device, Element, Tensor, Torch, is_freed, is_negated};
 
 /// A parameter that has state.
 pub struct Slot {
-    pub param: Py<PyAny>,
-    pub device: Device,
+    pub param: Known,
     pub dtype: DType,
-    pub pointer: usize,
-    pub shape: Py<PyTuple>,
-    pub strides: Py<PyTuple>,
     /// For gradients with the parameter's strides.
     pub walk: Walk,
     /// In which run of a step its turn is.
     pub wave: usize,
+    /// Where its gradient was when it was last found to share no memory with what steps write; empty
+    /// where that is to be found out.
+    pub apart: Range<usize>,
     pub entry: Py<PyDict>,
+    /// What `entry` held when it was checked.
+    items: Vec<Item>,
+    /// Its keys, so that no others get their addresses; the tensors are kept below.
+    _keys: Box<[Py<PyAny>]>,
     pub count: StateTensor,
     pub moments: Vec<StateTensor>,
     /// The norms of its gradients, where they limit the next one.
@@ -42,10 +49,7 @@ pub struct Wanted {
 /// A tensor of the state.
 pub struct StateTensor {
     pub key: Py<PyString>,
-    pub object: Py<PyAny>,
-    dtype: Py<PyAny>,
-    len: usize,
-    pub pointer: usize,
+    pub known: Known,
     pub bytes: usize,
 }
 
@@ -78,25 +82,30 @@ impl Slot {
         };
         let history = if wanted.history { Some(single("gnorm_vec", HISTORY)?) } else { None };
         Ok(Self {
-            param: param.object.clone().unbind(),
-            device: param.device,
+            param: Known::new(
+                param.object.clone(),
+                param.pointer,
+                (param.device, Element::Float(param.dtype)),
+                &shape,
+                &strides,
+            ),
             dtype: param.dtype,
-            pointer: param.pointer,
-            shape: param.shape.clone().unbind(),
-            strides: param.strides.clone().unbind(),
             walk: walk.clone(),
             wave: 0,
+            apart: 0..0,
             count: single("step", 1)?,
             moments,
             history,
             format,
+            items: identities(entry),
+            _keys: entry.iter().map(|(key, _)| key.unbind()).collect(),
             entry: entry.clone().unbind(),
         })
     }
 
     /// The state's addresses, as the core wants them on a device.
     pub fn device_state(&self) -> DeviceState {
-        let addresses = self.moments.iter().map(|moment| address(moment.pointer));
+        let addresses = self.moments.iter().map(|moment| address(moment.known.pointer));
         DeviceState::from_buffers(self.format, addresses)
             .expect("`Slot::new` makes as many tensors as the format has")
     }
@@ -108,16 +117,22 @@ impl Slot {
 
     /// Addresses and sizes of the parameter and its state.
     pub fn memory(&self) -> impl Iterator<Item = (usize, usize)> {
-        let param = (self.pointer, self.walk.param_span() * self.dtype.size());
-        let state = self.tensors().map(|tensor| (tensor.pointer, tensor.bytes));
+        let param = (self.param.pointer, self.walk.param_span() * self.dtype.size());
+        let state = self.tensors().map(|tensor| (tensor.known.pointer, tensor.bytes));
         std::iter::once(param).chain(state)
     }
 
     /// The state's addresses, as the core wants them.
     pub fn raw(&self) -> RawState {
-        let pointers = self.moments.iter().map(|moment| moment.pointer as *mut u8);
+        let pointers = self.moments.iter().map(|moment| moment.known.pointer as *mut u8);
         RawState::from_buffers(self.format, pointers)
             .expect("`Slot::new` makes as many tensors as the format has")
+    }
+
+    /// Announces that [`is_current`](Self::is_current) will be asked.
+    pub fn prefetch(&self) {
+        self.param.prefetch();
+        self.tensors().for_each(|tensor| tensor.known.prefetch());
     }
 
     /// Whether everything is where it was when the slot was made, and what is needed.
@@ -126,24 +141,20 @@ impl Slot {
             return Ok(false);
         }
         let py = param.py();
-        let dtype = param.getattr(intern!(py, "dtype"))?;
-        if !self.param.is(param)
-            || Tensor::pointer_of(param)? != self.pointer
-            || (!self.walk.is_empty() && is_freed(param, self.pointer)?)
-            || is_negated(param)?
-            || Device::of(param)? != Some(self.device)
-            || Torch::get(py)?.dtype(&dtype) != Some(self.dtype)
-            || !param.getattr(intern!(py, "shape"))?.eq(self.shape.bind(py))?
-            || !param.call_method0(intern!(py, "stride"))?.eq(self.strides.bind(py))?
-        {
+        let entry = self.entry.bind(py);
+        if !holds(entry, &self.items) {
+            for tensor in self.tensors() {
+                match entry.get_item(tensor.key.bind(py))? {
+                    Some(object) if object.is(&tensor.known.object) => {}
+                    _ => return Ok(false),
+                }
+            }
+        }
+        if !self.param.is_unchanged(param)? {
             return Ok(false);
         }
-        let entry = self.entry.bind(py);
         for tensor in self.tensors() {
-            let Some(object) = entry.get_item(tensor.key.bind(py))? else {
-                return Ok(false);
-            };
-            if !object.is(&tensor.object) || !tensor.is_current(&object)? {
+            if !tensor.known.is_unchanged(tensor.known.object.bind(py))? {
                 return Ok(false);
             }
         }
@@ -154,7 +165,7 @@ impl Slot {
     pub fn next_step(&self, index: usize) -> PyResult<u64> {
         // SAFETY: a float32 CPU tensor of one element, checked when it was registered and, by
         // address, in this call; the GIL is held.
-        let count = unsafe { *(self.count.pointer as *const f32) };
+        let count = unsafe { *(self.count.known.pointer as *const f32) };
         if count.is_finite() && count >= 0.0 {
             return Ok(count as u64 + 1);
         }
@@ -200,9 +211,9 @@ impl StateTensor {
                 format!("state[{name:?}] of parameter {index} {what}; {accepted} is accepted");
             Err(PyTypeError::new_err(text))
         };
-        let (expected, size) = match spec.dtype {
-            StateType::F32 => (&torch.float32, 4),
-            StateType::U8 => (&torch.uint8, 1),
+        let (expected, element, size) = match spec.dtype {
+            StateType::F32 => (&torch.float32, Element::Float(DType::F32), 4),
+            StateType::U8 => (&torch.uint8, Element::U8, 1),
         };
         let Ok(dtype) = object.getattr(intern!(py, "dtype")) else {
             return refuse(format!("is {}", object.repr()?), "a tensor");
@@ -248,23 +259,11 @@ impl StateTensor {
         if is_negated(&object)? {
             return refuse("is a lazily negated view".to_owned(), "a tensor that holds its values");
         }
+        let looks = (param.device, element);
         Ok(Self {
             key: PyString::intern(py, name).unbind(),
-            pointer,
-            dtype: dtype.unbind(),
-            len: spec.len,
-            object: object.unbind(),
+            known: Known::new(object, pointer, looks, &got, &stride),
             bytes: spec.len * size,
         })
-    }
-
-    /// Whether the tensor still is what it was when it was checked.
-    fn is_current(&self, object: &Bound<'_, PyAny>) -> PyResult<bool> {
-        let py = object.py();
-        Ok(Tensor::pointer_of(object)? == self.pointer
-            && object.getattr(intern!(py, "dtype"))?.is(&self.dtype)
-            && object.call_method0(intern!(py, "numel"))?.extract::<usize>()? == self.len
-            && !is_negated(object)?
-            && (self.len == 0 || !is_freed(object, self.pointer)?))
     }
 }

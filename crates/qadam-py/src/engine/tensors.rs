@@ -1,11 +1,12 @@
 //! All of an optimizer's tensors: gathered and checked, given state, stepped.
 
 use std::ops::Range;
+use std::rc::Rc;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyList, PyTuple};
+use pyo3::types::{PyDict, PyList};
 use qadam_core::cpu::{self, Backend};
 use qadam_core::cuda::{DevicePercentile, DeviceStep};
 use qadam_core::rule::Coefficients;
@@ -13,7 +14,9 @@ use qadam_core::{Hyper, NonFinite, TensorStep, Walk};
 
 use super::amp::Amp;
 use super::clip::{Clip, Own, Shared};
+use super::gradient::Gradient;
 use super::groups::{Defaults, Group, item};
+use super::items::{Item, holds, identities};
 use super::run::{self, Devices, Wave};
 use super::slot::{Slot, Wanted, address};
 use crate::error::to_python;
@@ -26,7 +29,7 @@ pub struct Tensors {
     /// One for each parameter, in the order of the groups, once it has state.
     slots: Vec<Option<Slot>>,
     /// Keys and values of `optimizer.state`, by identity, when the slots were last current.
-    entries: Vec<(usize, usize)>,
+    entries: Vec<Item>,
     /// The parameters for which memory was last found to be in order, and how many runs they take:
     /// those that share memory take turns.
     arranged: Vec<usize>,
@@ -56,8 +59,8 @@ pub type Before<'py> = (Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
 struct Pending<'py> {
     /// Of the parameter, counted through all groups.
     index: usize,
-    grad: Tensor<'py>,
-    group: Group,
+    grad: Gradient<'py>,
+    group: Rc<Group>,
 }
 
 /// A parameter that needs a slot.
@@ -106,7 +109,7 @@ impl Tensors {
         before: &mut Vec<Before<'py>>,
     ) -> PyResult<usize> {
         let pending = self.gather(options, state, make_state, before)?;
-        let mut waves = self.prepare(py, &pending, options.amp)?;
+        let mut waves = self.prepare(&pending, options.amp)?;
         let clip = self.clip(&pending, options.clip)?;
         self.devices.open(py, &waves)?;
         let _adopted = self.adopt(&pending, options)?;
@@ -124,12 +127,12 @@ impl Tensors {
         let updated = PyList::empty(py);
         for item in &pending {
             let slot = self.slot(item.index);
-            if slot.device == Device::Cpu {
+            if slot.param.device == Device::Cpu {
                 // SAFETY: a float32 CPU tensor of one element, checked when it was registered and,
                 // by address, in this call; the GIL is held.
-                unsafe { *(slot.count.pointer as *mut f32) += 1.0 };
+                unsafe { *(slot.count.known.pointer as *mut f32) += 1.0 };
             }
-            updated.append(&slot.param)?;
+            updated.append(&slot.param.object)?;
         }
         Torch::get(py)?.increment_version.call1(py, (updated,))?;
         Ok(nonfinite + self.devices.poll())
@@ -151,7 +154,8 @@ impl Tensors {
         let mut ranges: Vec<_> = values.map(|address| (address as usize, 4)).collect();
         for item in pending.iter().filter(|_| software::in_use()) {
             ranges.extend(self.slot(item.index).memory());
-            ranges.push((item.grad.pointer, item.grad.span()? * item.grad.dtype.size()));
+            let grad = item.grad.range(self.slot(item.index));
+            ranges.push((grad.start, grad.len()));
             ranges.extend(item.group.lr_address.map(|(_, address)| (address, 4)));
         }
         Adopted::new(ranges)
@@ -167,7 +171,7 @@ impl Tensors {
     ) -> PyResult<Vec<Pending<'py>>> {
         let py = groups.py();
         let has_overrides = !overrides.is_empty();
-        if !self.entries.iter().copied().eq(identities(state)) {
+        if !holds(state, &self.entries) {
             self.slots.clear();
         }
         let mut pending = Vec::new();
@@ -175,45 +179,68 @@ impl Tensors {
         let mut index = 0;
         for (group_index, group) in groups.iter().enumerate() {
             let group = group.cast_into::<PyDict>()?;
-            let read = Group::read(&group, group_index, &self.defaults)?;
+            let read = Rc::new(Group::read(&group, group_index, &self.defaults)?);
             let params = item(&group, intern!(py, "params"))?.cast_into::<PyList>()?;
             for (place, param) in params.iter().enumerate() {
                 if self.slots.len() == index {
                     self.slots.push(None);
                 }
-                let grad = param.getattr(intern!(py, "grad"))?;
-                if !grad.is_none() {
+                if let Some(Some(next)) = self.slots.get(index + 1) {
+                    next.prefetch();
+                }
+                let object = param.getattr(intern!(py, "grad"))?;
+                if !object.is_none() {
                     let own = if has_overrides { overrides.get_item(&param)? } else { None };
                     let group = match own {
                         Some(own) => {
                             let own = own.cast_into::<PyDict>()?;
-                            Group::read(&own, group_index, &self.defaults)?
+                            Rc::new(Group::read(&own, group_index, &self.defaults)?)
                         }
-                        None => read,
+                        None => Rc::clone(&read),
                     };
                     if amp.skips(&param)? {
                         index += 1;
                         continue;
                     }
                     let subject = || subject(&param, index, group_index, place);
-                    let grad = Tensor::read_gradient(&grad)?
-                        .map_err(|refusal| refusal.to_python(&format!("{} gradient", subject())))?;
+                    let read = || {
+                        Tensor::read_gradient(&object)?.map_err(|refusal| {
+                            refusal.to_python(&format!("{} gradient", subject()))
+                        })
+                    };
+                    let known = self.slots[index].as_ref();
+                    let seen = known.and_then(|slot| Gradient::at_a_glance(&object, &slot.param));
+                    let unseen = if seen.is_none() { Some(read()?) } else { None };
                     let history = group.percentile.is_some();
                     let wanted = Wanted { amsgrad: group.amsgrad, history };
-                    let known = self.slots[index].as_ref();
-                    if known.map_or(Ok(false), |slot| slot.is_current(&param, wanted))? {
-                        let slot = self.slot(index);
-                        fits(&grad, slot.device, slot.shape.bind(py), subject)?;
-                    } else {
-                        let tensor = Tensor::read(&param)?
-                            .map_err(|refusal| refusal.to_python(&subject()))?;
-                        fits(&grad, tensor.device, &tensor.shape, subject)?;
-                        let (shape, strides) = tensor.geometry()?;
-                        let walk = Walk::new(&shape, &strides, &strides).map_err(|error| {
-                            PyValueError::new_err(format!("{} {error}", subject()))
-                        })?;
-                        fresh.push(Fresh { index, param: tensor, walk, wanted });
+                    let mut current = None;
+                    if let Some(slot) = known
+                        && slot.is_current(&param, wanted)?
+                    {
+                        current = Some(slot);
                     }
+                    let grad = match (current, seen) {
+                        (Some(_), Some(seen)) => seen,
+                        (Some(slot), None) => {
+                            let grad = unseen.map_or_else(read, Ok)?;
+                            fits(&grad, slot.param.device, slot.param.shape(), subject)?;
+                            Gradient::new(grad, slot.param.strides())?
+                        }
+                        (None, _) => {
+                            let grad = unseen.map_or_else(read, Ok)?;
+                            let tensor = Tensor::read(&param)?
+                                .map_err(|refusal| refusal.to_python(&subject()))?;
+                            let (shape, strides) = tensor.geometry()?;
+                            let sizes: Vec<i64> = shape.iter().map(|&size| size as i64).collect();
+                            fits(&grad, tensor.device, &sizes, subject)?;
+                            let walk = Walk::new(&shape, &strides, &strides).map_err(|error| {
+                                PyValueError::new_err(format!("{} {error}", subject()))
+                            })?;
+                            fresh.push(Fresh { index, param: tensor, walk, wanted });
+                            let strides: Vec<i64> = strides.iter().map(|&s| s as i64).collect();
+                            Gradient::new(grad, &strides)?
+                        }
+                    };
                     pending.push(Pending { index, grad, group });
                 }
                 index += 1;
@@ -228,7 +255,7 @@ impl Tensors {
             self.arrange(indices.collect())?;
         }
         for item in &mut pending {
-            self.separate(&mut item.grad)?;
+            self.separate(item)?;
         }
         Ok(pending)
     }
@@ -267,7 +294,7 @@ impl Tensors {
         for (index, slot) in slots {
             self.slots[index] = Some(slot);
         }
-        self.entries = identities(state).collect();
+        self.entries = identities(state);
         Ok(())
     }
 
@@ -279,10 +306,12 @@ impl Tensors {
         for &index in &indices {
             let slot = self.slot(index);
             let bytes = slot.walk.param_span() * slot.dtype.size();
-            params.push(slot.pointer..slot.pointer + bytes);
-            ranges.push((slot.pointer..slot.pointer + bytes, index, false));
+            let param = slot.param.pointer..slot.param.pointer + bytes;
+            params.push(param.clone());
+            ranges.push((param, index, false));
             for tensor in slot.tensors() {
-                ranges.push((tensor.pointer..tensor.pointer + tensor.bytes, index, true));
+                let start = tensor.known.pointer;
+                ranges.push((start..start + tensor.bytes, index, true));
             }
         }
         ranges.retain(|(range, ..)| !range.is_empty());
@@ -314,27 +343,38 @@ impl Tensors {
             self.waves = self.waves.max(wave + 1);
             self.slots[index].as_mut().expect("read above").wave = wave;
         }
+        for slot in self.slots.iter_mut().flatten() {
+            slot.apart = 0..0;
+        }
         self.arranged = indices;
         Ok(())
     }
 
     /// Replaces a gradient by a copy where it shares memory with something that the step writes:
     /// every gradient is read as it is before the step.
-    fn separate(&self, grad: &mut Tensor<'_>) -> PyResult<()> {
-        let start = grad.pointer;
-        let end = start + grad.span()? * grad.dtype.size();
-        let next = self.taken.partition_point(|range| range.end <= start);
-        if self.taken.get(next).is_some_and(|range| range.start < end) && start < end {
-            let copy = grad.object.call_method0(intern!(grad.object.py(), "clone"))?;
-            *grad =
+    fn separate(&mut self, item: &mut Pending<'_>) -> PyResult<()> {
+        let slot = self.slots[item.index].as_mut().expect("gather registers every pending one");
+        let range = item.grad.range(slot);
+        if range == slot.apart {
+            return Ok(());
+        }
+        let next = self.taken.partition_point(|taken| taken.end <= range.start);
+        let is_shared = self.taken.get(next).is_some_and(|taken| taken.start < range.end);
+        if is_shared && !range.is_empty() {
+            let object = &item.grad.object;
+            let copy = object.call_method0(intern!(object.py(), "clone"))?;
+            let copy =
                 Tensor::read(&copy)?.map_err(|refusal| refusal.to_python("a gradient's copy"))?;
+            item.grad = Gradient::new(copy, slot.param.strides())?;
+        } else {
+            slot.apart = range;
         }
         Ok(())
     }
 
     /// How the pending gradients are cut; None where nothing is to be measured.
     fn clip(&self, pending: &[Pending<'_>], shared: Option<Shared>) -> PyResult<Option<Clip>> {
-        let devices = pending.iter().map(|item| self.slot(item.index).device);
+        let devices = pending.iter().map(|item| self.slot(item.index).param.device);
         if let Some(shared) = &shared {
             shared.check(devices)?;
         }
@@ -347,32 +387,25 @@ impl Tensors {
             let (Some(history), Some(percentile)) = (&slot.history, item.group.percentile) else {
                 return Ok(None);
             };
-            if slot.device != Device::Cpu {
+            if slot.param.device != Device::Cpu {
                 return Ok(None); // the device has its own
             }
             let t = slot.next_step(item.index)?;
-            Ok(Some(Own { history: history.pointer, t, percentile }))
+            Ok(Some(Own { history: history.known.pointer, t, percentile }))
         };
         Ok(Some(Clip { shared, own: pending.iter().map(own).collect::<PyResult<_>>()? }))
     }
 
     /// What the core needs to update the pending parameters.
-    fn prepare(&self, py: Python<'_>, pending: &[Pending<'_>], amp: &Amp) -> PyResult<Vec<Wave>> {
+    fn prepare(&self, pending: &[Pending<'_>], amp: &Amp) -> PyResult<Vec<Wave>> {
         let mut waves: Vec<Wave> = (0..self.waves).map(|_| Wave::default()).collect();
         let mut last: Option<(Hyper, u64, Coefficients)> = None;
         for (position, item) in pending.iter().enumerate() {
             let slot = self.slot(item.index);
             let hyper = item.group.hyper;
-            let walk = if item.grad.strides.eq(slot.strides.bind(py))? {
-                slot.walk.clone()
-            } else {
-                let shape: Vec<usize> = slot.shape.extract(py)?;
-                let strides: Vec<isize> = slot.strides.extract(py)?;
-                Walk::new(&shape, &strides, &item.grad.strides.extract::<Vec<isize>>()?)
-                    .map_err(|error| to_python(&error))?
-            };
-            let lr_address = item.group.lr_for(slot.device, item.index)?;
-            let Device::Cuda(device) = slot.device else {
+            let walk = item.grad.walk(slot)?;
+            let lr_address = item.group.lr_for(slot.param.device, item.index)?;
+            let Device::Cuda(device) = slot.param.device else {
                 let t = slot.next_step(item.index)?;
                 let coefficients = match last {
                     Some((last, step, coefficients)) if last == hyper && step == t => coefficients,
@@ -383,7 +416,7 @@ impl Tensors {
                     Some(scale) => coefficients.with_grad_scale(scale),
                     None => coefficients,
                 };
-                let param = (slot.pointer as *mut u8, slot.dtype);
+                let param = (slot.param.pointer as *mut u8, slot.dtype);
                 let grad = (item.grad.pointer as *const u8, item.grad.dtype);
                 // SAFETY: `Tensor::read` and `Slot::new` checked both tensors and the state, whose
                 // addresses `gather` compared in this call; the run ends before the call does.
@@ -393,13 +426,13 @@ impl Tensors {
             };
             let (grad_scale, found_inf) = amp.on_device(device);
             let step = DeviceStep {
-                param: address(slot.pointer),
+                param: address(slot.param.pointer),
                 param_dtype: slot.dtype,
                 grad: address(item.grad.pointer),
                 grad_dtype: item.grad.dtype,
                 walk,
                 state: slot.device_state(),
-                step: slot.count.pointer as u64,
+                step: slot.count.known.pointer as u64,
                 hyper,
                 lr_address,
                 grad_scale,
@@ -407,7 +440,7 @@ impl Tensors {
                 cut: None,
                 percentile: slot.history.as_ref().zip(item.group.percentile).map(
                     |(history, percentile)| DevicePercentile {
-                        history: history.pointer as u64,
+                        history: history.known.pointer as u64,
                         percentile,
                     },
                 ),
@@ -416,11 +449,6 @@ impl Tensors {
         }
         Ok(waves)
     }
-}
-
-/// Keys and values by identity, in order.
-fn identities(dict: &Bound<'_, PyDict>) -> impl Iterator<Item = (usize, usize)> {
-    dict.iter().map(|(key, value)| (key.as_ptr() as usize, value.as_ptr() as usize))
 }
 
 /// How messages call a parameter.
@@ -434,7 +462,7 @@ fn subject(param: &Bound<'_, PyAny>, index: usize, group: usize, place: usize) -
 fn fits(
     grad: &Tensor<'_>,
     device: Device,
-    shape: &Bound<'_, PyTuple>,
+    shape: &[i64],
     subject: impl Fn() -> String,
 ) -> PyResult<()> {
     if grad.device != device {
@@ -442,7 +470,7 @@ fn fits(
         let text = format!("{subject} gradient is on {got}; the parameter's device is accepted");
         return Err(PyValueError::new_err(text));
     }
-    if !grad.shape.eq(shape)? {
+    if grad.shape.extract::<Vec<i64>>()? != shape {
         let (subject, got) = (subject(), &grad.shape);
         let text = format!("{subject} gradient has shape {got}; the parameter's shape is accepted");
         return Err(PyValueError::new_err(text));

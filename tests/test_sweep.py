@@ -1,0 +1,364 @@
+"""The sweep over an optimizer's tensors: what it remembers from step to step changes nothing. After
+whatever users do between two steps, an engine that remembers does as a new one does."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SOFTWARE, give_grads, train
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+
+import qadam
+
+WIDTHS = pytest.mark.parametrize("bits", [32, 8])
+SIDE = 24
+"""Matrices of that many rows and columns: they can be transposed in place."""
+
+
+def trained(bits, **options):
+    """An optimizer of two square parameters whose gradients share one piece of memory."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2, SIDE, SIDE, generator=generator)
+    params = [Parameter(value.clone()) for value in values]
+    optimizer = qadam.AdamW(params, optim_bits=bits, min_8bit_size=0, **options)
+    train(2, optimizer)
+    give_grads(params, seed=7)
+    optimizer.step()
+    optimizer.step()  # everything is known by now
+    return optimizer
+
+
+def moment(optimizer, which=0):
+    """An entry of the state and the name of its first moment."""
+    entry = optimizer.state[optimizer.param_groups[0]["params"][which]]
+    return entry, "exp_avg_code" if "exp_avg_code" in entry else "exp_avg"
+
+
+def look(tensor):
+    """All that there is to see of a tensor, but for its address."""
+    if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
+        return "freed"
+    whole = tensor.detach().resolve_neg().contiguous().flatten()
+    bits = whole.view(torch.uint8).numpy().tobytes()
+    return tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_neg(), bits
+
+
+def held(optimizer):
+    """All values that an optimizer holds and updates."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    entries = [optimizer.state.get(p, {}) for p in params]
+    found = [{key: look(tensor) for key, tensor in entry.items()} for entry in entries]
+    return [look(p) for p in params], found
+
+
+def outcome(optimizer):
+    """What some further steps do: the error, or nothing, and all values."""
+    error = None
+    try:
+        for _ in range(3):
+            optimizer.step()
+    except Exception as caught:  # whatever it is, it must be the same
+        error = type(caught), re.sub(r"0x[0-9a-f]+", "0x...", str(caught))
+    return error, held(optimizer)
+
+
+def in_place(change):
+    """Changes what a tensor is to something else at the same address."""
+
+    def apply(tensor):
+        address = tensor.data_ptr()
+        tensor.data = change(tensor.data)
+        assert tensor.data_ptr() == address
+
+    return apply
+
+
+def as_type(tensor, dtype):
+    """The same shape and strides from the same address on."""
+    return tensor.flatten().view(dtype)[: tensor.numel()].view_as(tensor)
+
+
+transpose = in_place(lambda x: x.t())
+negate = in_place(torch._neg_view)
+shorten = in_place(lambda x: x[:1])
+expand = in_place(lambda x: x[:1].expand_as(x))
+flatten = in_place(lambda x: x.view(-1))
+reinterpret = in_place(lambda x: as_type(x, torch.int8 if x.dtype == torch.uint8 else torch.int32))
+halve = in_place(lambda x: x if x.dtype == torch.uint8 else as_type(x, torch.bfloat16))
+
+
+def free(tensor):
+    tensor.untyped_storage().resize_(0)
+
+
+def move(tensor):
+    tensor.data = tensor.data.clone()
+
+
+CHANGES = {
+    "transpose": transpose,
+    "negate": negate,
+    "shorten": shorten,
+    "expand": expand,
+    "flatten": flatten,
+    "reinterpret": reinterpret,
+    "halve": halve,
+    "free": free,
+    "move": move,
+}
+"""What can become of a tensor."""
+
+
+def names(changes):
+    return pytest.mark.parametrize(
+        "change", [pytest.param(change, id=name) for name, change in changes.items()]
+    )
+
+
+def same_as_new(bits, change, **options):
+    """Whether a known and a new engine do the same after ``change``; what they do."""
+    known, new = trained(bits, **options), trained(bits, **options)
+    for optimizer in (known, new):
+        change(optimizer)
+    new._engine = new._new_engine()
+    found, expected = outcome(known), outcome(new)
+    assert found == expected
+    return found
+
+
+@WIDTHS
+@names({key: change for key, change in CHANGES.items() if change is not reinterpret})
+def test_a_parameter_that_changes_in_place_is_noticed(bits, change):
+    same_as_new(bits, lambda o: change(o.param_groups[0]["params"][1]))
+
+
+@WIDTHS
+@names(CHANGES)
+def test_a_gradient_that_changes_in_place_is_noticed(bits, change):
+    same_as_new(bits, lambda o: change(o.param_groups[0]["params"][1].grad))
+
+
+@WIDTHS
+@names(CHANGES)
+def test_a_moment_that_changes_in_place_is_noticed(bits, change):
+    def apply(optimizer):
+        entry, key = moment(optimizer)
+        change(entry[key])
+
+    same_as_new(bits, apply)
+
+
+@WIDTHS
+@names({key: CHANGES[key] for key in ("negate", "free", "move", "reinterpret", "halve")})
+def test_a_count_that_changes_in_place_is_noticed(bits, change):
+    same_as_new(bits, lambda o: change(moment(o)[0]["step"]))
+
+
+@names({key: CHANGES[key] for key in ("negate", "shorten", "expand", "free", "move")})
+def test_a_history_that_changes_in_place_is_noticed(change):
+    same_as_new(8, lambda o: change(moment(o)[0]["gnorm_vec"]), percentile_clipping=50)
+
+
+def replace_moment(optimizer):
+    entry, key = moment(optimizer)
+    entry[key] = torch.zeros_like(entry[key]) if key == "exp_avg" else entry[key].flip(0)
+
+
+def rename_moment(optimizer):
+    entry, key = moment(optimizer)
+    entry["moment"] = entry.pop(key)
+
+
+def replace_entry(optimizer):
+    p = optimizer.param_groups[0]["params"][0]
+    optimizer.state[p] = {k: v.clone() for k, v in optimizer.state[p].items()}
+    optimizer.state[p]["step"] += 5
+
+
+def swap_entries(optimizer):
+    p, q = optimizer.param_groups[0]["params"]
+    optimizer.state[p], optimizer.state[q] = optimizer.state[q], optimizer.state[p]
+
+
+def forget_entry(optimizer):
+    del optimizer.state[optimizer.param_groups[0]["params"][0]]
+
+
+def add_to_entry(optimizer):
+    moment(optimizer)[0]["more"] = torch.zeros(3)
+
+
+def load_again(optimizer):
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"] = torch.tensor(9.0)
+    optimizer.load_state_dict(saved)
+
+
+@WIDTHS
+@names(
+    {
+        change.__name__: change
+        for change in (
+            replace_moment,
+            rename_moment,
+            replace_entry,
+            swap_entries,
+            forget_entry,
+            add_to_entry,
+            load_again,
+        )
+    }
+)
+def test_state_that_is_replaced_is_noticed(bits, change):
+    same_as_new(bits, change)
+
+
+def set_option(name, value):
+    return lambda optimizer: optimizer.param_groups[0].update({name: value})
+
+
+def reverse(optimizer):
+    optimizer.param_groups[0]["params"].reverse()
+
+
+def replace_param(optimizer):
+    params = optimizer.param_groups[0]["params"]
+    old, params[0] = params[0], Parameter(params[0].detach() + 1)
+    params[0].grad = old.grad
+
+
+def add_group(optimizer):
+    p = Parameter(torch.ones(5))
+    p.grad = torch.ones(5)
+    optimizer.add_param_group({"params": [p], "lr": 0.5})
+
+
+def drop_gradient(optimizer):
+    optimizer.param_groups[0]["params"][0].grad = None
+
+
+@WIDTHS
+@names(
+    {
+        "lr": set_option("lr", 0.25),
+        "betas": set_option("betas", (0.5, 0.5)),
+        "weight_decay": set_option("weight_decay", 0.5),
+        "amsgrad": set_option("amsgrad", True),
+        "percentile_clipping": set_option("percentile_clipping", 10),
+        "reverse": reverse,
+        "replace_param": replace_param,
+        "add_group": add_group,
+        "drop_gradient": drop_gradient,
+    }
+)
+def test_groups_that_change_are_noticed(bits, change):
+    error, *_ = same_as_new(bits, change)
+    assert error is None
+
+
+def share_parameters(optimizer):
+    p, q = optimizer.param_groups[0]["params"]
+    q.data = p.data
+
+
+def share_state(optimizer):
+    (one, key), (other, _) = moment(optimizer, 0), moment(optimizer, 1)
+    one[key].data = other[key].data
+
+
+@WIDTHS
+@names({"parameters": share_parameters, "state": share_state})
+def test_memory_that_comes_to_be_shared_is_noticed(bits, change):
+    same_as_new(bits, change)
+
+
+@pytest.mark.parametrize("what", ["moment", "parameter", "other parameter"])
+def test_what_comes_to_lie_where_a_gradient_is_is_noticed(what):
+    """The gradient stays where it was found to be alone."""
+
+    def step_twice(n, first):
+        memory = torch.linspace(-1, 1, n + 1)
+        q, p = Parameter(torch.ones(n)), Parameter(torch.ones(n))
+        p.grad, q.grad = memory[:-1], torch.ones(n)
+        optimizer = qadam.AdamW([q, p], optim_bits=32)
+        for _ in range(2):
+            optimizer.step()
+        mine = memory[1:] if first else memory[1:].clone()
+        if what == "moment":
+            optimizer.state[q]["exp_avg"] = mine
+        elif what == "parameter":
+            p.data = mine
+        else:
+            q.data = mine
+        optimizer.step()
+        return p.detach().clone()
+
+    assert torch.equal(step_twice(5000, first=True), step_twice(5000, first=False))
+
+
+@WIDTHS
+def test_gradients_that_come_and_go_in_turns(bits):
+    """Which parameters have gradients changes at every step, and some share memory."""
+    known, new = trained(bits), trained(bits)
+    for step in range(6):
+        for optimizer in (known, new):
+            p, q = optimizer.param_groups[0]["params"]
+            if step == 3:
+                share_parameters(optimizer)
+            give_grads([p, q], seed=step)
+            if step % 3:
+                (p if step % 2 else q).grad = None
+        new._engine = new._new_engine()
+        known.step()
+        new.step()
+    assert held(known) == held(new)
+
+
+# By which way tensors are read.
+
+
+class Recorder(TorchFunctionMode):
+    """Which of torch's functions are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
+    def __torch_function__(self, function, _types, args=(), kwargs=None):
+        self.called.add(function)
+        return function(*args, **(kwargs or {}))
+
+
+def attributes_read(optimizer):
+    with Recorder() as recorder:
+        optimizer.step()
+    return bool(recorder.called & {torch.Tensor.data_ptr, torch.Tensor.stride})
+
+
+WITHOUT = "QADAM_TEST_NO_EXCHANGE" in os.environ
+
+
+@WIDTHS
+def test_attributes_are_read_where_a_glance_does_not_do(bits):
+    optimizer = trained(bits)
+    assert attributes_read(optimizer) == WITHOUT
+    p = optimizer.param_groups[0]["params"][0]
+    p.grad = p.grad.as_subclass(type("Other", (torch.Tensor,), {}))
+    assert attributes_read(optimizer)
+
+
+@pytest.mark.skipif(WITHOUT, reason="is run by this test")
+@pytest.mark.skipif(SOFTWARE is not None, reason="the same as without a software device")
+@pytest.mark.parametrize("name", ["test_sweep.py", "test_hostile.py", "test_tensors.py"])
+def test_all_is_the_same_with_a_torch_that_lacks_the_exchange_api(name):
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-k", "not huge", str(here / name)]
+    environment = {**os.environ, "QADAM_TEST_NO_EXCHANGE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=here.parent)
+    assert done.returncode == 0, done.stdout[-3000:]
