@@ -232,6 +232,13 @@ def replace_param(optimizer):
     params[0].grad = old.grad
 
 
+def replace_param_by_its_memory(optimizer):
+    """Another parameter at the same address, which has no state yet."""
+    params = optimizer.param_groups[0]["params"]
+    old, params[0] = params[0], Parameter(params[0].detach())
+    params[0].grad = old.grad
+
+
 def add_group(optimizer):
     p = Parameter(torch.ones(5))
     p.grad = torch.ones(5)
@@ -252,6 +259,7 @@ def drop_gradient(optimizer):
         "percentile_clipping": set_option("percentile_clipping", 10),
         "reverse": reverse,
         "replace_param": replace_param,
+        "replace_param_by_its_memory": replace_param_by_its_memory,
         "add_group": add_group,
         "drop_gradient": drop_gradient,
     }
