@@ -76,9 +76,13 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             Backend::Avx2 => of!(super::avx2),
             #[cfg(target_arch = "x86_64")]
-            Backend::Avx512 => of!(super::avx512),
+            Backend::Avx512 => of!(super::avx512::base),
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx512Vbmi => of!(super::avx512::vbmi),
             #[cfg(not(target_arch = "x86_64"))]
-            Backend::Avx2 | Backend::Avx512 => unreachable!("not available on this processor"),
+            Backend::Avx2 | Backend::Avx512 | Backend::Avx512Vbmi => {
+                unreachable!("not available on this processor")
+            }
         }
     }
 }

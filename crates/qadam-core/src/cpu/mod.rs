@@ -36,11 +36,13 @@ pub enum Backend {
     Avx2,
     /// 16 lanes: AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// The same and VBMI, which looks bytes up: Ice Lake, Zen 4 and later.
+    Avx512Vbmi,
 }
 
 impl Backend {
     /// From the plainest to the widest.
-    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512, Self::Avx512Vbmi];
 
     /// The name that `QADAM_CPU` accepts.
     #[must_use]
@@ -49,6 +51,7 @@ impl Backend {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Vbmi => "avx512vbmi",
         }
     }
 
@@ -71,8 +74,12 @@ impl Backend {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vbmi => {
+                Self::Avx512.is_available() && is_x86_feature_detected!("avx512vbmi")
+            }
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512 => false,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Vbmi => false,
         }
     }
 

@@ -93,9 +93,11 @@ unsafe fn sum<G: Float>(values: &[G], finite_only: bool, backend: Backend) -> f6
         Backend::Avx2 => unsafe { fold_avx2(values, finite_only) },
         // SAFETY: this function's contract.
         #[cfg(target_arch = "x86_64")]
-        Backend::Avx512 => unsafe { fold_avx512(values, finite_only) },
+        Backend::Avx512 | Backend::Avx512Vbmi => unsafe { fold_avx512(values, finite_only) },
         #[cfg(not(target_arch = "x86_64"))]
-        Backend::Avx2 | Backend::Avx512 => unreachable!("not available on this processor"),
+        Backend::Avx2 | Backend::Avx512 | Backend::Avx512Vbmi => {
+            unreachable!("not available on this processor")
+        }
     }
 }
 

@@ -1,14 +1,12 @@
 //! 8 lanes by AVX2, FMA and F16C.
 
+mod levels;
+
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::kernels::Coded8;
-use super::measure::Gauge;
-use super::simd::{self, Lanes, VectorFloat, lanes};
-use crate::rule::Coefficients;
-use crate::tensor::{Moments8, Moments32};
+use super::simd::{Lanes, kernels, lanes};
 
 #[derive(Clone, Copy)]
 struct Avx2;
@@ -103,9 +101,6 @@ unsafe impl Lanes for Avx2 {
         fn select(mask: __m256i, a: __m256, b: __m256) -> __m256 {
             _mm256_blendv_ps(b, a, _mm256_castsi256_ps(mask))
         }
-        fn select_i(mask: __m256i, a: __m256i, b: __m256i) -> __m256i {
-            _mm256_blendv_epi8(b, a, mask)
-        }
         fn all(mask: __m256i) -> bool {
             _mm256_movemask_ps(_mm256_castsi256_ps(mask)) == 0xFF
         }
@@ -115,26 +110,17 @@ unsafe impl Lanes for Avx2 {
         fn splat_i(x: i32) -> __m256i {
             _mm256_set1_epi32(x)
         }
-        fn add_i(a: __m256i, b: __m256i) -> __m256i {
-            _mm256_add_epi32(a, b)
-        }
-        fn sub_i(a: __m256i, b: __m256i) -> __m256i {
-            _mm256_sub_epi32(a, b)
-        }
-        fn min_i(a: __m256i, b: __m256i) -> __m256i {
-            _mm256_min_epi32(a, b)
-        }
         fn max_i(a: __m256i, b: __m256i) -> __m256i {
             _mm256_max_epi32(a, b)
         }
         fn to_float(a: __m256i) -> __m256 {
             _mm256_cvtepi32_ps(a)
         }
-        fn truncate(a: __m256) -> __m256i {
-            _mm256_cvttps_epi32(a)
-        }
         fn bits(a: __m256) -> __m256i {
             _mm256_castps_si256(a)
+        }
+        fn from_bits(a: __m256i) -> __m256 {
+            _mm256_castsi256_ps(a)
         }
         fn with_sign(magnitude: __m256, sign: __m256) -> __m256 {
             _mm256_or_ps(magnitude, _mm256_and_ps(sign, _mm256_set1_ps(-0.0)))
@@ -146,86 +132,26 @@ unsafe impl Lanes for Avx2 {
             let field = _mm256_set1_epi32(0x7F80_0000);
             _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(a), field))
         }
-        fn lookup(table: &[f32; 16], index: __m256i) -> __m256 {
-            // a permutation sees the index modulo 8; its bit 3, moved to the sign, chooses the half
-            let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.as_ptr()), index);
-            let high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.as_ptr().add(8)), index);
-            _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)))
+        fn max_words(a: __m256i, from: *const u16) -> __m256i {
+            let magnitude = _mm256_set1_epi16(0x7FFF);
+            _mm256_max_epi16(a, _mm256_and_si256(_mm256_loadu_si256(from.cast()), magnitude))
         }
-        fn lookup_i(table: &[i32; 16], index: __m256i) -> __m256i {
-            let low = _mm256_loadu_si256(table.as_ptr().cast());
-            let high = _mm256_loadu_si256(table.as_ptr().add(8).cast());
-            let low = _mm256_permutevar8x32_epi32(low, index);
-            let high = _mm256_permutevar8x32_epi32(high, index);
-            let half = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
-            let (low, high) = (_mm256_castsi256_ps(low), _mm256_castsi256_ps(high));
-            _mm256_castps_si256(_mm256_blendv_ps(low, high, half))
+        fn store_words(a: __m256i, to: *mut u16) {
+            _mm256_storeu_si256(to.cast(), a);
+        }
+        fn lookup(table: &'static [f32; 16], index: __m256i) -> __m256 {
+            _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.as_ptr()), index)
+        }
+        fn encode_signed(x: [__m256; 4], to: *mut u8) {
+            levels::encode_signed(x, to);
+        }
+        fn encode_unsigned(x: [__m256; 4], values: [__m256; 4], to: *mut u8) {
+            levels::encode_unsigned(x, values, to);
         }
         fn load_codes(from: *const u8) -> __m256i {
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))
         }
-        fn store_codes(codes: __m256i, to: *mut u8) {
-            let (low, high) = (_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes));
-            let words = _mm_packus_epi32(low, high);
-            _mm_storel_epi64(to.cast(), _mm_packus_epi16(words, words));
-        }
     }
 }
 
-/// # Safety
-/// As [`simd::step32`], on a processor with AVX2, FMA and F16C.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn step32<P: VectorFloat, G: VectorFloat>(
-    param: *mut u8,
-    grad: *const u8,
-    moments: Moments32,
-    len: usize,
-    c: &Coefficients,
-) -> usize {
-    // SAFETY: this function's contract; the instruction set is enabled.
-    unsafe { simd::step32::<Avx2, P, G>(param, grad, moments, len, c) }
-}
-
-/// # Safety
-/// As [`simd::step8`], on a processor with AVX2, FMA and F16C.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn step8<P: VectorFloat, G: VectorFloat>(
-    param: *mut u8,
-    grad: *const u8,
-    moments: Coded8,
-    len: usize,
-    c: &Coefficients,
-) -> usize {
-    // SAFETY: this function's contract; the instruction set is enabled.
-    unsafe { simd::step8::<Avx2, P, G>(param, grad, moments, len, c) }
-}
-
-/// # Safety
-/// As [`simd::gauge32`], on a processor with AVX2, FMA and F16C.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn gauge32<P: VectorFloat, G: VectorFloat>(
-    param: *const u8,
-    grad: *const u8,
-    moments: Moments32,
-    len: usize,
-    c: &Coefficients,
-    gauge: &mut Gauge,
-) {
-    // SAFETY: this function's contract; the instruction set is enabled.
-    unsafe { simd::gauge32::<Avx2, P, G>(param, grad, moments, len, c, gauge) }
-}
-
-/// # Safety
-/// As [`simd::gauge8`], on a processor with AVX2, FMA and F16C.
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn gauge8<P: VectorFloat, G: VectorFloat>(
-    param: *const u8,
-    grad: *const u8,
-    moments: Moments8,
-    len: usize,
-    c: &Coefficients,
-    gauge: &mut Gauge,
-) {
-    // SAFETY: this function's contract; the instruction set is enabled.
-    unsafe { simd::gauge8::<Avx2, P, G>(param, grad, moments, len, c, gauge) }
-}
+kernels! { "avx2,fma,f16c", Avx2, "AVX2, FMA and F16C" }

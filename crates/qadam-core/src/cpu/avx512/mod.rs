@@ -1,17 +1,18 @@
-//! 16 lanes by AVX-512 F, BW, DQ and VL.
+//! 16 lanes by AVX-512 F, BW, DQ and VL, and more of them in [`vbmi`] by VBMI.
+
+mod octaves;
+mod planes;
 
 use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::kernels::Coded8;
-use super::measure::Gauge;
-use super::simd::{self, Lanes, VectorFloat, lanes};
-use crate::rule::Coefficients;
-use crate::tensor::{Moments8, Moments32};
+use self::planes::{SIGNED_PLANES, UNSIGNED_PLANES};
+use super::simd::{self, Lanes, kernels, lanes};
 
+/// With VBMI or without.
 #[derive(Clone, Copy)]
-struct Avx512;
+struct Avx512<const VBMI: bool>;
 
 /// NaN and the infinities, for `vfpclassps`.
 const NAN: i32 = 0x81;
@@ -19,7 +20,7 @@ const NOT_FINITE: i32 = NAN | 0x18;
 
 // SAFETY: every method is one or a few intrinsics of the instruction sets that the trait's contract
 // requires of the processor; loads and stores are of the unaligned kind and touch 16 elements.
-unsafe impl Lanes for Avx512 {
+unsafe impl<const VBMI: bool> Lanes for Avx512<VBMI> {
     const N: usize = 16;
     type F = __m512;
     type I = __m512i;
@@ -33,8 +34,12 @@ unsafe impl Lanes for Avx512 {
             _mm512_loadu_ps(from)
         }
         fn load_bf16(from: *const bf16) -> __m512 {
-            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+            let words = _mm512_castsi256_si512(_mm256_loadu_si256(from.cast()));
+            // word `i` becomes the upper half of lane `i`
+            let order = _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+            let order = _mm512_slli_epi32::<16>(order);
+            let bits = _mm512_maskz_permutexvar_epi16(0xAAAA_AAAA, order, words);
+            _mm512_castsi512_ps(bits)
         }
         fn load_f16(from: *const f16) -> __m512 {
             _mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))
@@ -47,10 +52,15 @@ unsafe impl Lanes for Avx512 {
             let bits = _mm512_castps_si512(x);
             let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
             let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
-            let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
-            let quiet = _mm512_or_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(0x40));
-            let bits = _mm512_mask_mov_epi32(rounded, Self::is_nan(x), quiet);
-            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(bits));
+            let rounded = _mm512_add_epi32(bits, half);
+            let quiet = _mm512_set1_epi32(0x40_0000);
+            let bits = _mm512_mask_or_epi32(rounded, Self::is_nan(x), bits, quiet);
+            // the upper half of lane `i` becomes word `i`
+            let order = _mm512_set_epi16(
+                31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1,
+            );
+            let words = _mm512_permutexvar_epi16(order, bits);
+            _mm256_storeu_si256(to.cast(), _mm512_castsi512_si256(words));
         }
         fn store_f16(x: __m512, to: *mut f16) {
             let bits = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
@@ -86,6 +96,10 @@ unsafe impl Lanes for Avx512 {
         fn max(a: __m512, b: __m512) -> __m512 {
             _mm512_max_ps(a, b)
         }
+        fn max_magnitude(a: __m512, b: __m512) -> __m512 {
+            // the larger magnitude, without its sign
+            _mm512_range_ps::<0b1011>(a, b)
+        }
         fn reduce_max(a: __m512) -> f32 {
             _mm512_reduce_max_ps(a)
         }
@@ -104,9 +118,6 @@ unsafe impl Lanes for Avx512 {
         fn select(mask: __mmask16, a: __m512, b: __m512) -> __m512 {
             _mm512_mask_mov_ps(b, mask, a)
         }
-        fn select_i(mask: __mmask16, a: __m512i, b: __m512i) -> __m512i {
-            _mm512_mask_mov_epi32(b, mask, a)
-        }
         fn all(mask: __mmask16) -> bool {
             _kortestc_mask16_u8(mask, mask) == 1
         }
@@ -116,26 +127,17 @@ unsafe impl Lanes for Avx512 {
         fn splat_i(x: i32) -> __m512i {
             _mm512_set1_epi32(x)
         }
-        fn add_i(a: __m512i, b: __m512i) -> __m512i {
-            _mm512_add_epi32(a, b)
-        }
-        fn sub_i(a: __m512i, b: __m512i) -> __m512i {
-            _mm512_sub_epi32(a, b)
-        }
-        fn min_i(a: __m512i, b: __m512i) -> __m512i {
-            _mm512_min_epi32(a, b)
-        }
         fn max_i(a: __m512i, b: __m512i) -> __m512i {
             _mm512_max_epi32(a, b)
         }
         fn to_float(a: __m512i) -> __m512 {
             _mm512_cvtepi32_ps(a)
         }
-        fn truncate(a: __m512) -> __m512i {
-            _mm512_cvttps_epi32(a)
-        }
         fn bits(a: __m512) -> __m512i {
             _mm512_castps_si512(a)
+        }
+        fn from_bits(a: __m512i) -> __m512 {
+            _mm512_castsi512_ps(a)
         }
         fn with_sign(magnitude: __m512, sign: __m512) -> __m512 {
             _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.0)))
@@ -147,75 +149,56 @@ unsafe impl Lanes for Avx512 {
             let field = _mm512_set1_epi32(0x7F80_0000);
             _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), field))
         }
-        fn lookup(table: &[f32; 16], index: __m512i) -> __m512 {
+        fn lookup(table: &'static [f32; 16], index: __m512i) -> __m512 {
             _mm512_permutexvar_ps(index, _mm512_loadu_ps(table.as_ptr()))
         }
-        fn lookup_i(table: &[i32; 16], index: __m512i) -> __m512i {
-            _mm512_permutexvar_epi32(index, _mm512_loadu_si512(table.as_ptr().cast()))
+        fn max_words(a: __m512i, from: *const u16) -> __m512i {
+            let magnitude = _mm512_set1_epi16(0x7FFF);
+            _mm512_max_epi16(a, _mm512_and_si512(_mm512_loadu_si512(from.cast()), magnitude))
+        }
+        fn store_words(a: __m512i, to: *mut u16) {
+            _mm512_storeu_si512(to.cast(), a);
+        }
+        fn decode_signed(from: *const u8) -> [__m512; 4] {
+            if VBMI {
+                planes::decode(from, &SIGNED_PLANES)
+            } else {
+                simd::decode_signed::<Self>(from)
+            }
+        }
+        fn decode_unsigned(from: *const u8) -> [__m512; 4] {
+            if VBMI {
+                planes::decode(from, &UNSIGNED_PLANES)
+            } else {
+                simd::decode_unsigned::<Self>(from)
+            }
+        }
+        fn encode_signed(x: [__m512; 4], to: *mut u8) {
+            octaves::encode_signed(x, to);
+        }
+        fn encode_unsigned(x: [__m512; 4], values: [__m512; 4], to: *mut u8) {
+            octaves::encode_unsigned(x, values, to);
         }
         fn load_codes(from: *const u8) -> __m512i {
             _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))
         }
-        fn store_codes(codes: __m512i, to: *mut u8) {
-            _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(codes));
-        }
     }
 }
 
-/// # Safety
-/// As [`simd::step32`], on a processor with AVX-512 F, BW, DQ and VL.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-pub(super) unsafe fn step32<P: VectorFloat, G: VectorFloat>(
-    param: *mut u8,
-    grad: *const u8,
-    moments: Moments32,
-    len: usize,
-    c: &Coefficients,
-) -> usize {
-    // SAFETY: this function's contract; the instruction set is enabled.
-    unsafe { simd::step32::<Avx512, P, G>(param, grad, moments, len, c) }
+/// The kernels without VBMI.
+pub(super) mod base {
+    super::kernels! {
+        "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c",
+        super::Avx512<false>,
+        "AVX-512 F, BW, DQ and VL"
+    }
 }
 
-/// # Safety
-/// As [`simd::step8`], on a processor with AVX-512 F, BW, DQ and VL.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-pub(super) unsafe fn step8<P: VectorFloat, G: VectorFloat>(
-    param: *mut u8,
-    grad: *const u8,
-    moments: Coded8,
-    len: usize,
-    c: &Coefficients,
-) -> usize {
-    // SAFETY: this function's contract; the instruction set is enabled.
-    unsafe { simd::step8::<Avx512, P, G>(param, grad, moments, len, c) }
-}
-
-/// # Safety
-/// As [`simd::gauge32`], on a processor with AVX-512 F, BW, DQ and VL.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-pub(super) unsafe fn gauge32<P: VectorFloat, G: VectorFloat>(
-    param: *const u8,
-    grad: *const u8,
-    moments: Moments32,
-    len: usize,
-    c: &Coefficients,
-    gauge: &mut Gauge,
-) {
-    // SAFETY: this function's contract; the instruction set is enabled.
-    unsafe { simd::gauge32::<Avx512, P, G>(param, grad, moments, len, c, gauge) }
-}
-
-/// # Safety
-/// As [`simd::gauge8`], on a processor with AVX-512 F, BW, DQ and VL.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-pub(super) unsafe fn gauge8<P: VectorFloat, G: VectorFloat>(
-    param: *const u8,
-    grad: *const u8,
-    moments: Moments8,
-    len: usize,
-    c: &Coefficients,
-    gauge: &mut Gauge,
-) {
-    // SAFETY: this function's contract; the instruction set is enabled.
-    unsafe { simd::gauge8::<Avx512, P, G>(param, grad, moments, len, c, gauge) }
+/// The kernels with VBMI.
+pub(super) mod vbmi {
+    super::kernels! {
+        "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c",
+        super::Avx512<true>,
+        "AVX-512 F, BW, DQ, VL and VBMI"
+    }
 }

@@ -1,0 +1,269 @@
+//! The pass over a block of 8-bit moments that works out its new values, and what the scales are to
+//! be.
+
+use super::lanes::{Lanes, VectorFloat, each_of_4};
+use super::prefetch::prefetch;
+use super::update::{Elements, Splat, are_usual, effective, update, updated, zero_unless_finite};
+use crate::codec::BLOCK;
+use crate::codec::block;
+use crate::tensor::RawCoded;
+
+/// How many elements ahead memory is asked for: two blocks, as measured (1 is as good as none where
+/// memory is slow, 4 drive each other out of the first cache).
+const AHEAD: usize = 2 * BLOCK;
+
+/// What takes the new values of a pass.
+///
+/// # Safety
+/// Its methods may be called for elements that it has room for, by callers that enable the
+/// instruction set.
+pub(super) unsafe trait Sink<L: Lanes> {
+    /// Does what it has to do beside the `4 N` elements from `at` on.
+    #[inline(always)]
+    unsafe fn meanwhile(&mut self, _at: usize) {}
+    /// Takes the `N` elements from `at` on.
+    unsafe fn take<const AMSGRAD: bool>(&mut self, at: usize, old_p: L::F, passed: Passed<L>);
+}
+
+/// What a pass makes of `N` elements.
+#[derive(Clone, Copy)]
+pub(super) struct Passed<L: Lanes> {
+    /// The parameter may be any NaN in a pass that is [usual](Pass::usual).
+    pub new: Elements<L>,
+    /// The moments as they are to be stored.
+    pub stored: [L::F; 3],
+    pub moved: L::M,
+}
+
+/// The old scale of a moment of a block, and the largest magnitudes among its new values.
+#[derive(Clone, Copy)]
+pub(super) struct Range<L: Lanes> {
+    scale: L::F,
+    pub max: L::F,
+}
+
+impl<L: Lanes> Range<L> {
+    #[inline(always)]
+    unsafe fn new(scale: f32) -> Self {
+        // SAFETY: the caller enables the instruction set.
+        unsafe { Self { scale: L::splat(scale), max: L::splat(0.0) } }
+    }
+
+    /// Takes note of new values, none of which is NaN.
+    #[inline(always)]
+    unsafe fn extend(&mut self, values: L::F) {
+        // SAFETY: the caller enables the instruction set.
+        unsafe { self.max = L::max_magnitude(self.max, values) };
+    }
+
+    /// Writes the new scale, which with `keep` does not fall, and returns it.
+    ///
+    /// # Safety
+    /// The pointer is valid; the caller enables the instruction set.
+    #[inline(always)]
+    pub(super) unsafe fn renew(&self, scale: *mut f32, keep: bool) -> f32 {
+        // SAFETY: this function's contract.
+        unsafe {
+            let mut max = L::reduce_max(self.max);
+            if keep {
+                max = max.max(block::usable_scale(*scale));
+            }
+            *scale = max;
+            max
+        }
+    }
+}
+
+/// What the pass finds.
+pub(super) struct Pass<L: Lanes> {
+    pub m: Range<L>,
+    pub v: Range<L>,
+    pub max_v: Range<L>,
+    /// Whether no gradient needed a second look: then the sink may have been given any NaN.
+    pub usual: bool,
+    /// How many of the block's gradients are not finite.
+    pub nonfinite: usize,
+    /// How many of its elements are kept as they are.
+    pub kept: usize,
+}
+
+impl<L: Lanes> Pass<L> {
+    /// Passes over a block of `len` elements, padded with zeros to groups of four vectors. `moments`
+    /// are the first, the second and, with `AMSGRAD`, the third.
+    ///
+    /// # Safety
+    /// The pointers are valid for so many elements, and a scale each, and the sink has room for them;
+    /// the caller enables the instruction set.
+    #[inline(always)]
+    pub(super) unsafe fn over<P: VectorFloat, G: VectorFloat, S: Sink<L>, const AMSGRAD: bool>(
+        p: *const P,
+        g: *const G,
+        moments: [RawCoded; 3],
+        len: usize,
+        c: &Splat<L>,
+        sink: &mut S,
+    ) -> Self {
+        let padded = len.next_multiple_of(4 * L::N);
+        // SAFETY: this function's contract; groups start at multiples of `4 N` below `padded`.
+        unsafe {
+            let [m, v, max_v] = moments.map(|moment| block::usable_scale(*moment.scale));
+            let mut pass = Self {
+                m: Range::new(m),
+                v: Range::new(v),
+                max_v: Range::new(max_v),
+                usual: are_usual::<L, P, G>(p, g, padded, c),
+                nonfinite: 0,
+                kept: 0,
+            };
+            if pass.usual {
+                if let Some(c) = c.common(true) {
+                    pass.all_usual::<P, G, S, AMSGRAD>(p, g, moments, padded, &c, sink);
+                } else if let Some(c) = c.common(false) {
+                    pass.all_usual::<P, G, S, AMSGRAD>(p, g, moments, padded, &c, sink);
+                } else {
+                    pass.all_usual::<P, G, S, AMSGRAD>(p, g, moments, padded, c, sink);
+                }
+                return pass;
+            }
+            let mut finite = 0;
+            for at in (0..padded).step_by(4 * L::N) {
+                finite += pass.unusual::<P, G, S, AMSGRAD>(p, g, moments, at, c, sink);
+            }
+            // The padding's zeros are finite, unless a coefficient is infinite: then nothing is.
+            // Where zeros are skipped, they are kept.
+            pass.nonfinite = (padded - finite).min(len);
+            pass.kept = match (c.skip_zeros, c.propagate) {
+                (true, _) => pass.kept - (padded - len),
+                (false, true) => 0,
+                (false, false) => pass.nonfinite,
+            };
+            pass
+        }
+    }
+
+    /// The old values of four vectors.
+    #[inline(always)]
+    unsafe fn old<P: VectorFloat, const AMSGRAD: bool>(
+        &self,
+        p: *const P,
+        moments: [RawCoded; 3],
+        at: usize,
+    ) -> [Elements<L>; 4] {
+        // SAFETY: the contract of `over`.
+        unsafe {
+            let [m, v, max_v] = moments.map(|moment| moment.code.add(at));
+            let (m, v) = (L::decode_signed(m), L::decode_unsigned(v));
+            let max_v = if AMSGRAD { L::decode_unsigned(max_v) } else { v };
+            each_of_4!(I => Elements {
+                p: P::load::<L>(p.add(at + I * L::N)),
+                m: L::mul(m[I], self.m.scale),
+                v: L::mul(v[I], self.v.scale),
+                max_v: if AMSGRAD { L::mul(max_v[I], self.max_v.scale) } else { v[I] },
+            })
+        }
+    }
+
+    /// Passes over elements whose gradients need no second look.
+    #[inline(always)]
+    unsafe fn all_usual<P: VectorFloat, G: VectorFloat, S: Sink<L>, const AMSGRAD: bool>(
+        &mut self,
+        p: *const P,
+        g: *const G,
+        moments: [RawCoded; 3],
+        padded: usize,
+        c: &Splat<L>,
+        sink: &mut S,
+    ) {
+        // SAFETY: the contract of `over`.
+        unsafe {
+            for at in (0..padded).step_by(4 * L::N) {
+                prefetch(p.wrapping_add(at + AHEAD), 4 * L::N);
+                prefetch(g.wrapping_add(at + AHEAD), 4 * L::N);
+                for moment in moments.iter().take(if AMSGRAD { 3 } else { 2 }) {
+                    prefetch(moment.code.wrapping_add(at + AHEAD), 4 * L::N);
+                }
+                self.usual::<P, G, S, AMSGRAD>(p, g, moments, at, c, sink);
+            }
+        }
+    }
+
+    /// Passes over four vectors whose gradients need no second look.
+    #[inline(always)]
+    unsafe fn usual<P: VectorFloat, G: VectorFloat, S: Sink<L>, const AMSGRAD: bool>(
+        &mut self,
+        p: *const P,
+        g: *const G,
+        moments: [RawCoded; 3],
+        at: usize,
+        c: &Splat<L>,
+        sink: &mut S,
+    ) {
+        // SAFETY: the contract of `over`.
+        unsafe {
+            let old = self.old::<P, AMSGRAD>(p, moments, at);
+            let moved = L::at_most(L::splat(0.0), L::splat(0.0));
+            let g =
+                each_of_4!(I => effective::<L>(old[I].p, G::load::<L>(g.add(at + I * L::N)), c));
+            let new = updated::<L, AMSGRAD, 4>(old, g, c);
+            sink.meanwhile(at);
+            for i in 0..4 {
+                // usable scales and finite gradients make finite moments
+                let stored = [new[i].m, new[i].v, new[i].max_v];
+                let passed = Passed { new: new[i], stored, moved };
+                self.take::<S, AMSGRAD>(at + i * L::N, old[i].p, passed, sink);
+            }
+        }
+    }
+
+    /// Passes over four vectors and returns how many of the gradients are finite.
+    #[inline(always)]
+    unsafe fn unusual<P: VectorFloat, G: VectorFloat, S: Sink<L>, const AMSGRAD: bool>(
+        &mut self,
+        p: *const P,
+        g: *const G,
+        moments: [RawCoded; 3],
+        at: usize,
+        c: &Splat<L>,
+        sink: &mut S,
+    ) -> usize {
+        let mut finite = 0;
+        // SAFETY: the contract of `over`.
+        unsafe {
+            let old = self.old::<P, AMSGRAD>(p, moments, at);
+            sink.meanwhile(at);
+            for (i, old) in old.into_iter().enumerate() {
+                let at = at + i * L::N;
+                let (new, fate) = update::<L, AMSGRAD>(old, G::load::<L>(g.add(at)), c);
+                finite += fate.finite;
+                self.kept += fate.kept;
+                let stored = [
+                    zero_unless_finite::<L>(new.m),
+                    zero_unless_finite::<L>(new.v),
+                    zero_unless_finite::<L>(new.max_v),
+                ];
+                let passed = Passed { new, stored, moved: fate.moved };
+                self.take::<S, AMSGRAD>(at, old.p, passed, sink);
+            }
+        }
+        finite
+    }
+
+    #[inline(always)]
+    unsafe fn take<S: Sink<L>, const AMSGRAD: bool>(
+        &mut self,
+        at: usize,
+        old_p: L::F,
+        passed: Passed<L>,
+        sink: &mut S,
+    ) {
+        // SAFETY: the contract of `over`.
+        unsafe {
+            self.m.extend(passed.stored[0]);
+            self.v.extend(passed.stored[1]);
+            if AMSGRAD {
+                self.max_v.extend(passed.stored[2]);
+            }
+            sink.take::<AMSGRAD>(at, old_p, passed);
+        }
+    }
+}
