@@ -224,5 +224,7 @@ def _empty(
             param, dtype=dtype, device=device, memory_format=torch.preserve_format
         )
     if pages is None:
+        if tensor.device.type == "cpu":
+            _core.advise_huge_pages(tensor)
         return tensor
     return pages[name].view(dtype).as_strided(tensor.shape, tensor.stride())

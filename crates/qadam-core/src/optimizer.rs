@@ -5,6 +5,7 @@ use half::{bf16, f16};
 use crate::clip::{self, Gradient, HISTORY, Percentile};
 use crate::codec::block::BLOCK;
 use crate::codec::dynamic::{Sign, zero_code};
+use crate::cpu::huge::filled;
 use crate::cpu::{self, Backend};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -161,7 +162,7 @@ pub struct Coded {
 impl Coded {
     fn zeros(sign: Sign, len: usize, block_wise: bool) -> Self {
         let scales = if block_wise { len.div_ceil(BLOCK) } else { len.min(1) };
-        Self { code: vec![zero_code(sign); len], scale: vec![0.0; scales] }
+        Self { code: filled(zero_code(sign), len), scale: vec![0.0; scales] }
     }
 
     const fn raw(&mut self) -> RawCoded {
@@ -200,9 +201,9 @@ impl State {
     pub fn zeros(format: StateFormat, len: usize) -> Self {
         match format.code {
             StateCode::F32 => Self::F32 {
-                exp_avg: vec![0.0; len],
-                exp_avg_sq: vec![0.0; len],
-                max_exp_avg_sq: format.amsgrad.then(|| vec![0.0; len]),
+                exp_avg: filled(0.0, len),
+                exp_avg_sq: filled(0.0, len),
+                max_exp_avg_sq: format.amsgrad.then(|| filled(0.0, len)),
             },
             StateCode::Dynamic8 => Self::Dynamic8 {
                 exp_avg: Coded::zeros(Sign::Signed, len, format.block_wise),

@@ -36,7 +36,7 @@ mod _core {
     #[pymodule_export]
     use super::tensor::check_parameter;
     #[pymodule_export]
-    use super::{check_hyper, check_max_grad_norm, cuda_availability, version};
+    use super::{advise_huge_pages, check_hyper, check_max_grad_norm, cuda_availability, version};
 }
 
 /// Raises `ValueError` unless gradients can be cut to this norm: at least 0; infinity is no limit.
@@ -53,7 +53,16 @@ fn check_hyper(lr: f64, beta1: f64, beta2: f64, eps: f64, weight_decay: f64) -> 
     hyper.validate().map_err(|error| error::to_python(&error))
 }
 
-/// The instruction set in use: `"scalar"`, `"avx2"` or `"avx512"`.
+/// Asks for huge pages under a CPU tensor without gaps, best before it is first written.
+#[pyfunction]
+fn advise_huge_pages(tensor: &Bound<'_, PyAny>) -> PyResult<()> {
+    let start = tensor::Tensor::pointer_of(tensor)?;
+    let bytes: usize = tensor.getattr("nbytes")?.extract()?;
+    qadam_core::cpu::advise_huge_pages(&(start..start.saturating_add(bytes)));
+    Ok(())
+}
+
+/// The instruction set in use: `"scalar"`, `"avx2"`, `"avx512"` or `"avx512vbmi"`.
 ///
 /// # Errors
 /// `ValueError` if `QADAM_CPU` names one that this machine does not have.

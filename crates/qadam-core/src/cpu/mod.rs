@@ -3,6 +3,7 @@
 //! * `scalar` is the definition, written with [`rule`](crate::rule) and
 //!   [`codec`](crate::codec) alone;
 //! * `simd` is the one vector kernel, over the operations that `avx2` and `avx512` supply;
+//! * `huge` asks for the pages that suit the one long read that a step is;
 //! * `measure` finds what must be known of a whole tensor before any of it is written;
 //! * [`run`] cuts tensors into chunks of whole blocks and hands them to the threads of [`pool`].
 
@@ -11,6 +12,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod folds;
+pub(crate) mod huge;
 mod kernels;
 mod measure;
 mod norm;
@@ -22,6 +24,7 @@ mod simd;
 
 use std::sync::OnceLock;
 
+pub use huge::advise_huge_pages;
 pub use norm::squared_norms;
 pub use run::{check, count_nonfinite, disjoint_waves, run};
 
