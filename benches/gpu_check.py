@@ -583,15 +583,16 @@ def test_comparisons(expect: Expectations) -> None:
 
 def test_measuring(expect: Expectations) -> None:
     """Byte counts; a small race on the CPU, its table and its JSON."""
+    import contest
     import gpu_speed
     import torch
 
     counts = {(4, 4, 8): 28, (4, 4, 2.03125): 16.0625, (2, 2, 2.03125): 10.0625}
     counts |= {(2, 2, 8): 22, (2, 2, 4): 14}
     for sizes, want in counts.items():
-        expect(gpu_speed.step_bytes(*sizes) == want, f"step_bytes{sizes}")
-    expect(len(gpu_speed.gpt2_shapes()) == 148, "GPT-2's tensors")
-    elements = sum(torch.Size(shape).numel() for shape in gpu_speed.gpt2_shapes())
+        expect(contest.step_bytes(*sizes) == want, f"step_bytes{sizes}")
+    expect(len(contest.gpt2_shapes()) == 148, "GPT-2's tensors")
+    elements = sum(torch.Size(shape).numel() for shape in contest.gpt2_shapes())
     expect(elements == 124_439_808, "GPT-2's parameters")
 
     meter, deadline = gpu_speed.HostMeter(), time.monotonic() + 60
@@ -628,7 +629,7 @@ def test_measuring(expect: Expectations) -> None:
     arena.add("lazy", lazy, 10)
     arena.add("greedy", greedy, 10)
     arena.add("slow", slow, 0.2)
-    arena.add("absent", gpu_speed.from_package(["qadam.nowhere"], "Adam"), 10)
+    arena.add("absent", contest.from_package(["qadam.nowhere"], "Adam"), 10)
     expect("moved only" in arena.errors["lazy"], "one that does not move")
     expect("gradients" in arena.errors["greedy"], "one that changes gradients")
     expect("longer" in arena.errors["slow"], "one that takes too long")

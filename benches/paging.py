@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu import gpt2_shapes
+from contest import commit, gpt2_shapes
 from disk import BLOCK, Disk, Streams
 from paging_worker import ELEMENTS, tensors
 from torch import Tensor
@@ -396,13 +396,6 @@ def print_over_committed(result: dict[str, Any]) -> None:
     print(f"  disk's time by step's: {middle(ratios(result))}, 0.70 and more is wanted")
     if result["peak"] is not None:
         print(f"  peak {result['peak'] / result['limit']:.2f} of the memory")
-
-
-def commit() -> str:
-    """What is checked out, and whether it was changed."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:
