@@ -4,6 +4,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH_VENV := target/bench/venv
 export CARGO_TERM_COLOR ?= never
 
 .PHONY: demo test lint rust-test ptx ptx-check wheel bench bench-paging gpu-check clean
@@ -47,8 +48,25 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet "maturin>=1.9,<2" "torch>=2.10" --group test --group demo
 	touch $@
 
+# Step times on the CPU beside torch, DeepSpeed, bitsandbytes and torchao, which get a virtual
+# environment of their own (6 GB; rm -rf target/bench/venv to install them anew): an hour, 15 GB of
+# memory. `make bench QUICK=1`: torch alone, two cases, three minutes. More options: BENCH="--cases b".
+ifeq ($(QUICK),1)
 bench: wheel
-	$(BIN)/python benches/cpu.py
+	$(BIN)/python benches/cpu.py --quick $(BENCH)
+else
+bench: wheel $(BENCH_VENV)/.installed
+	$(BENCH_VENV)/bin/pip install --quiet --force-reinstall --no-deps target/wheels/qadam-*.whl
+	$(BENCH_VENV)/bin/python benches/cpu.py $(BENCH)
+endif
+
+# A peer that will not install is reported as absent: see target/bench/peers.json.
+$(BENCH_VENV)/.installed: benches/install_peers.py
+	$(PYTHON) -m venv --clear $(BENCH_VENV)
+	$(BENCH_VENV)/bin/pip install --quiet --upgrade pip
+	$(BENCH_VENV)/bin/pip install --quiet "torch>=2.10" "matplotlib>=3.8" "numpy>=1.26" setuptools wheel
+	$(BENCH_VENV)/bin/python benches/install_peers.py
+	touch $@
 
 # Paged steps beside unpaged ones, and beside the disk, under a limit of memory; minutes, 10 GB of
 # memory and 16 GB of disk (BENCH_PAGING="--quick" for less of everything). Best as root.

@@ -1,137 +1,231 @@
-"""Step time on the CPU: qadam beside torch's fused AdamW, interleaved in one process.
+"""Step times on the CPU: torch, qadam and its peers side by side, and memory's own speed.
 
-    python benches/cpu.py                  # all cases, 2 threads
-    python benches/cpu.py --cases a c --rounds 11
+    python benches/cpu.py                  # all cases, 1 thread and 2
+    python benches/cpu.py --quick          # torch alone as a peer, 2 threads, cases a and c
+    python benches/cpu.py --cases b --threads 2 --only torchao --rounds 5
 
-Each round times one step of every optimizer, in an order that changes from round to round; what is
-reported is the median over the rounds of the ratio to torch's fused step of the same round, as
-absolute times drift on shared machines. After the timing every optimizer must have moved its
-parameters and kept its gradients. Writes ``target/bench/cpu.json`` with every sample.
+Each case runs in a process of its own (``cpu_race.py``), where all contenders take turns. Reported
+are medians over the rounds of the ratio to torch's fused AdamW in the same round, with the least
+and the most, as absolute times drift on shared machines; and the bytes that a step takes in memory
+for its duration. A peer that cannot be had is absent, with the reason. docs/performance.md explains
+the columns.
+
+Writes ``target/bench/cpu.json`` with every sample, and ``target/bench/cpu.png``. Exits with status
+1 if a step failed a check, after naming it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
-import platform
-import random
+import os
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from contest import BASELINE, ROOT, commit, spread
+from cpu_chart import draw
+from cpu_race import CASES, CONTENDERS, Settings, last_lines
 
 import qadam
 
-Make = Callable[[list[Tensor]], Optimizer]
+sys.path.append(str(ROOT / "examples"))
 
-BASELINE = "torch.optim.AdamW(fused=True)"
-OPTIMIZERS: dict[str, Make] = {
-    BASELINE: lambda params: torch.optim.AdamW(params, fused=True),
-    "torch.optim.AdamW(foreach=True)": lambda params: torch.optim.AdamW(params, foreach=True),
-    "qadam.AdamW": lambda params: qadam.AdamW(params),
-    "qadam.AdamW8bit": lambda params: qadam.AdamW8bit(params, min_8bit_size=0),
-}
+OUT = ROOT / "target" / "bench"
+QUICK = [name for name, c in CONTENDERS.items() if c.package is None and c.backend is None]
+BACKENDS = ("qadam.AdamW8bit, avx2", "qadam.AdamW8bit, avx512")
+"""Whose steps are compared with each other too."""
 
 
-def gpt2_shapes() -> list[tuple[int, ...]]:
-    """The 148 parameters of GPT-2 124M."""
-    layer = [(768,), (768,), (2304, 768), (2304,), (768, 768), (768,)]
-    layer += [(768,), (768,), (3072, 768), (3072,), (768, 3072), (768,)]
-    return [(50257, 768), (1024, 768), *(layer * 12), (768,), (768,)]
+def environment(threads: int) -> dict[str, str]:
+    """What a race runs in: every package's OpenMP is told the threads, and caches stay here."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja
+        "TORCH_EXTENSIONS_DIR": str(OUT / "extensions"),
+        "TORCHINDUCTOR_CACHE_DIR": str(OUT / "inductor"),
+        "DS_ACCELERATOR": "cpu",
+    }
 
 
-def small_shapes() -> list[tuple[int, ...]]:
-    """2,000 vectors of 1,000 to 5,000 elements."""
-    sizes = random.Random(0)
-    return [(sizes.randint(1000, 5000),) for _ in range(2000)]
+def run(settings: Settings) -> dict[str, Any]:
+    """Measures one case; its ``error`` is set if the process did not live to tell."""
+    command = [sys.executable, str(ROOT / "benches" / "cpu_race.py"), json.dumps(asdict(settings))]
+    done = subprocess.run(  # noqa: S603 - the command is made here
+        command, env=environment(settings.threads), capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        reason = f"status {done.returncode}: {last_lines(done.stderr)}"
+        return {"case": settings.case, "threads": settings.threads, "error": reason}
+    found: dict[str, Any] = json.loads(Path(settings.out).read_text())
+    summarize(found)
+    return found
 
 
-CASES: dict[str, tuple[str, Callable[[], list[tuple[int, ...]]], torch.dtype]] = {
-    "a": ("one f32 tensor of 64 M", lambda: [(64_000_000,)], torch.float32),
-    "b": ("GPT-2 124M, 148 f32 tensors", gpt2_shapes, torch.float32),
-    "c": ("2,000 f32 tensors of 1,000 to 5,000", small_shapes, torch.float32),
-    "d": ("one bf16 tensor of 64 M", lambda: [(64_000_000,)], torch.bfloat16),
-}
+def summarize(race: dict[str, Any]) -> None:
+    """Adds to each row what its samples say, and how AVX2 does beside AVX-512."""
+    rows = race["optimizers"]
+    for row in rows.values():
+        seconds, elements = row["seconds"], race["elements"]
+        pairs = zip(seconds, row["baseline_seconds"], strict=True)
+        row["ratio"] = spread([own / base for own, base in pairs])
+        row["ns_per_param"] = spread([1e9 * s / elements for s in seconds])
+        moved = row["step_bytes_per_param"] * elements
+        row["gb_per_second"] = spread([moved / s / 1e9 for s in seconds])
+        cores = [cpu / s for cpu, s in zip(row["cpu_seconds"], seconds, strict=True)]
+        row["cores"] = statistics.median(cores)
+    if all(name in rows for name in BACKENDS):
+        race["avx2_by_avx512"] = by_round(*(rows[name] for name in BACKENDS))
 
 
-def measure(shapes: list[tuple[int, ...]], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Seconds of each optimizer's step in every round, and its state's bytes a parameter."""
-    generator = torch.Generator().manual_seed(0)
-    gradients = [torch.randn(s, generator=generator).mul_(0.01).to(dtype) for s in shapes]
-    runs: dict[str, tuple[list[Tensor], Optimizer]] = {}
-    for name, make in OPTIMIZERS.items():
-        params = [torch.full(s, 0.5, dtype=dtype, requires_grad=True) for s in shapes]
-        for param, gradient in zip(params, gradients, strict=True):
-            param.grad = gradient
-        runs[name] = (params, make(params))
-    sums = [g.double().sum().item() for g in gradients]
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    for number in range(rounds + 2):  # two to warm up
-        random.Random(number).shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            runs[name][1].step()
-            elapsed = time.perf_counter() - start
-            if number >= 2:
-                seconds[name].append(elapsed)
-    if sums != [g.double().sum().item() for g in gradients]:
-        msg = "an optimizer changed the gradients"
-        raise RuntimeError(msg)
-    count = sum(g.numel() for g in gradients)
-    result = {}
-    for name, (params, optimizer) in runs.items():
-        if any((p == 0.5).all() for p in params):
-            msg = f"{name} left a parameter where it was"
-            raise RuntimeError(msg)
-        tensors = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
-        state = sum(t.numel() * t.element_size() for t in tensors) / count
-        result[name] = {"seconds": seconds[name], "state_bytes_per_param": state}
-    return result
+def by_round(own: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """The ratio of two contenders' steps in the rounds that both were in."""
+    seconds = dict(zip(other["rounds"], other["seconds"], strict=True))
+    pairs = zip(own["rounds"], own["seconds"], strict=True)
+    return spread([s / seconds[number] for number, s in pairs if number in seconds])
+
+
+def table(race: dict[str, Any]) -> str:
+    """A race as aligned text."""
+    lines = [f"\n{race['case']}: {race.get('title', '')}, threads: {race['threads']}"]
+    if "error" in race:
+        return "\n".join([*lines, f"  failed: {race['error']}"])
+    lines.append(
+        f"  {'':34} {'median':>7} {'least':>7} {'most':>7} {'rounds':>6} {'ns':>7} {'GB/s':>6}"
+        f" {'cores':>5} {'peak B':>7} {'state B':>7}"
+    )
+    for name, row in race["optimizers"].items():
+        ratio = row["ratio"]
+        lines.append(
+            f"  {name:34} {ratio['median']:7.2f} {ratio['min']:7.2f} {ratio['max']:7.2f}"
+            f" {len(row['rounds']):6} {row['ns_per_param']['median']:7.2f}"
+            f" {row['gb_per_second']['median']:6.1f} {row['cores']:5.2f}"
+            f" {cell(row.get('peak_bytes_per_param'))} {cell(row.get('state_bytes_per_param'))}"
+        )
+    if "avx2_by_avx512" in race:
+        ratio = race["avx2_by_avx512"]
+        spelled = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+        lines.append(f"  qadam.AdamW8bit, AVX2 by AVX-512: {spelled}")
+    lines += [f"  absent: {name}: {reason}" for name, reason in race["absent"].items()]
+    lines += [f"  WRONG: {name}: {reason}" for name, reason in race["broken"].items()]
+    return "\n".join(lines)
+
+
+def cell(value: float | None) -> str:
+    """Bytes a parameter, if there are any to tell."""
+    return f"{'' if value is None else f'{value:.2f}':>7}"
+
+
+def versions() -> dict[str, str | None]:
+    """Of all packages that take part; None where one is not installed."""
+    found: dict[str, str | None] = {}
+    peers = {c.package for c in CONTENDERS.values() if c.package is not None}
+    for package in ("torch", "qadam", *sorted(peers)):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def install_errors(path: Path) -> dict[str, str]:
+    """What ``install_peers.py`` could not install, by package."""
+    try:
+        errors: dict[str, str] = json.loads(path.read_text())
+    except OSError:
+        return {}
+    return {package: error for package, error in errors.items() if versions()[package] is None}
+
+
+def explain_absence(race: dict[str, Any], errors: dict[str, str]) -> None:
+    """Says of peers that were not installed why they were not."""
+    for name in race.get("absent", {}):
+        error = errors.get(CONTENDERS[name].package or "")
+        if error is not None:
+            race["absent"][name] = f"not installed: {last_lines(error)}"
+
+
+def chosen(only: list[str] | None, quick: bool) -> list[str]:
+    """Contenders besides torch's fused AdamW."""
+    names = QUICK if quick else list(CONTENDERS)
+    return [
+        name
+        for name in names
+        if name != BASELINE and (only is None or any(part in name for part in only))
+    ]
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command line takes."""
+    made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    made.add_argument("--quick", action="store_true", help="torch and qadam; a and c; 2 threads")
+    made.add_argument("--cases", nargs="+", choices=CASES)
+    made.add_argument("--threads", nargs="+", type=int)
+    made.add_argument("--only", nargs="+", metavar="PART", help="contenders by part of their name")
+    made.add_argument("--rounds", type=int, default=Settings.rounds)
+    made.add_argument("--elements", type=int, default=Settings.elements, help="of a large tensor")
+    made.add_argument(
+        "--budget", type=float, default=Settings.budget, help="seconds of a peer's steps in a case"
+    )
+    made.add_argument(
+        "--limit", type=float, default=Settings.limit, help="seconds for a peer's first steps"
+    )
+    made.add_argument("--out", type=Path, default=OUT, help="the directory of the report")
+    return made
 
 
 def main() -> None:
-    """Runs the cases, prints the table and writes the samples."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--threads", type=int, default=2)
-    out = Path(__file__).resolve().parents[1] / "target" / "bench" / "cpu.json"
-    parser.add_argument("--out", type=Path, default=out)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    """Runs the cases, prints their tables and writes the samples and the chart."""
+    from machine import machine  # of the examples
 
+    options = parser().parse_args()
+    cases = options.cases or (["a", "c"] if options.quick else list(CASES))
+    threads = options.threads or ([2] if options.quick else [1, 2])
+    errors = install_errors(OUT / "peers.json")
     report: dict[str, Any] = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "threads": options.threads,
-        },
-        "versions": {"torch": torch.__version__, "qadam": qadam.__version__},
+        "machine": machine(),
+        "load": os.getloadavg(),
+        "commit": commit(),
+        "versions": versions(),
         "backend": qadam.cpu_backend(),
-        "cases": {},
+        "not_installed": errors,
+        "arguments": sys.argv[1:],
+        "races": [],
     }
-    for case in options.cases:
-        title, shapes, dtype = CASES[case]
-        result = measure(shapes(), dtype, options.rounds)
-        report["cases"][case] = {"title": title, "optimizers": result}
-        print(f"\n{case}: {title}")
-        base = result[BASELINE]["seconds"]
-        count = sum(torch.Size(s).numel() for s in shapes())
-        for name, row in result.items():
-            ratios = sorted(t / b for t, b in zip(row["seconds"], base, strict=True))
-            nanoseconds = statistics.median(row["seconds"]) / count * 1e9
-            spread = f"{ratios[0]:5.2f} to {ratios[-1]:5.2f}"
-            state = f"{row['state_bytes_per_param']:.2f} B"
-            median = statistics.median(ratios)
-            print(f"  {name:34} {median:6.2f} x ({spread})  {nanoseconds:6.2f} ns  {state}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1))
-    print(f"\nwrote {options.out}")
+    print("\n".join(f"{key}: {value}" for key, value in report.items() if value != []))
+    options.out.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        for count in threads:
+            with tempfile.NamedTemporaryFile(suffix=".json") as out:
+                race = run(
+                    Settings(
+                        case=case,
+                        threads=count,
+                        out=out.name,
+                        names=chosen(options.only, options.quick),
+                        rounds=options.rounds,
+                        elements=options.elements,
+                        budget=options.budget,
+                        limit=options.limit,
+                    )
+                )
+            explain_absence(race, errors)
+            report["races"].append(race)
+            print(table(race), flush=True)
+            (options.out / "cpu.json").write_text(json.dumps(report, indent=1))
+    measured = [race for race in report["races"] if "error" not in race]
+    if measured:
+        draw(measured, options.out / "cpu.png")
+    print(f"\nwrote {options.out / 'cpu.json'} and cpu.png")
+    if any("error" in race or race["broken"] for race in report["races"]):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
