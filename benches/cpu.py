@@ -38,6 +38,8 @@ sys.path.append(str(ROOT / "examples"))
 
 OUT = ROOT / "target" / "bench"
 QUICK = [name for name, c in CONTENDERS.items() if c.package is None and c.backend is None]
+BUSY = 0.9
+"""Streams that use a smaller share of their threads' time had to wait for other programs."""
 BACKENDS = ("qadam.AdamW8bit, avx2", "qadam.AdamW8bit, avx512")
 """Whose steps are compared with each other too."""
 
@@ -70,7 +72,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def summarize(race: dict[str, Any]) -> None:
-    """Adds to each row what its samples say, and how AVX2 does beside AVX-512."""
+    """Adds to each row what its samples say; AVX2 beside AVX-512; was the machine busy?"""
     rows = race["optimizers"]
     for row in rows.values():
         seconds, elements = row["seconds"], race["elements"]
@@ -81,6 +83,8 @@ def summarize(race: dict[str, Any]) -> None:
         row["gb_per_second"] = spread([moved / s / 1e9 for s in seconds])
         cores = [cpu / s for cpu, s in zip(row["cpu_seconds"], seconds, strict=True)]
         row["cores"] = statistics.median(cores)
+    streams = [row["cores"] for name, row in rows.items() if name.startswith("stream")]
+    race["busy"] = any(cores < BUSY * race["threads"] for cores in streams)
     if all(name in rows for name in BACKENDS):
         race["avx2_by_avx512"] = by_round(*(rows[name] for name in BACKENDS))
 
@@ -113,6 +117,8 @@ def table(race: dict[str, Any]) -> str:
         ratio = race["avx2_by_avx512"]
         spelled = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
         lines.append(f"  qadam.AdamW8bit, AVX2 by AVX-512: {spelled}")
+    if race["busy"]:
+        lines.append("  other programs took part of the cores: these figures mean little")
     lines += [f"  absent: {name}: {reason}" for name, reason in race["absent"].items()]
     lines += [f"  WRONG: {name}: {reason}" for name, reason in race["broken"].items()]
     return "\n".join(lines)

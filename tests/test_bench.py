@@ -308,6 +308,7 @@ def test_ratios_are_taken_round_by_round(cpu):
     avx2, avx512 = cpu.BACKENDS
     race = {
         "elements": 10**9,
+        "threads": 2,
         "optimizers": {
             avx2: row([0, 1, 2], [2.0, 9.0, 8.0], [1.0, 3.0, 2.0]),
             avx512: row([0, 2], [1.0, 8.0], [1.0, 2.0]),
@@ -320,6 +321,24 @@ def test_ratios_are_taken_round_by_round(cpu):
     assert found["gb_per_second"] == {"median": 2, "min": 16 / 9, "max": 8}
     assert found["cores"] == 2
     assert race["avx2_by_avx512"] == {"median": 1.5, "min": 1, "max": 2}
+
+
+def test_a_busy_machine_is_named(cpu):
+    row = {
+        "rounds": [0, 1],
+        "seconds": [1.0, 1.0],
+        "cpu_seconds": [1.7, 1.7],
+        "baseline_seconds": [1.0, 1.0],
+        "step_bytes_per_param": 28,
+    }
+    race = {"case": "a", "threads": 2, "elements": 1, "optimizers": {"stream copy": row}}
+    race |= {"absent": {}, "broken": {}}
+    cpu.summarize(race)
+    assert race["busy"]
+    assert "other programs" in cpu.table(race)
+    row["cpu_seconds"] = [1.9, 1.9]
+    cpu.summarize(race)
+    assert not race["busy"]
 
 
 def test_the_peak_of_a_step_is_what_it_took_for_its_duration(bench):
