@@ -307,6 +307,7 @@ def test_ratios_are_taken_round_by_round(cpu):
 
     avx2, avx512 = cpu.BACKENDS
     race = {
+        "case": "a",
         "elements": 10**9,
         "threads": 2,
         "optimizers": {
@@ -336,6 +337,9 @@ def test_a_busy_machine_is_named(cpu):
     cpu.summarize(race)
     assert race["busy"]
     assert "other programs" in cpu.table(race)
+    small = race | {"case": "c"}  # of which torch streams each with one thread
+    cpu.summarize(small)
+    assert not small["busy"]
     row["cpu_seconds"] = [1.9, 1.9]
     cpu.summarize(race)
     assert not race["busy"]

@@ -285,7 +285,10 @@ def test_a_state_dict_does_not_say_whether_it_was_paged(options):
     assert plain.state_dict()["param_groups"] == paged.state_dict()["param_groups"]
     a, b = saved(plain), saved(paged)
     assert len(a.getvalue()) == len(b.getvalue())
-    assert len(pickle.dumps(plain.state_dict())) == len(pickle.dumps(paged.state_dict()))
+    # torch's pickles name each storage by its address, in decimal: at most 20 digits
+    digits = 20 * sum(len(entry) for entry in plain.state_dict()["state"].values())
+    sizes = [len(pickle.dumps(o.state_dict())) for o in (plain, paged)]
+    assert abs(sizes[0] - sizes[1]) <= digits
 
 
 @pytest.mark.parametrize("new", [32, 8])
