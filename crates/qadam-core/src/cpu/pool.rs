@@ -7,7 +7,7 @@
 //! as another thread may have held it when the process forked.
 
 use std::process;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -96,8 +96,38 @@ fn parse(value: Option<&str>) -> Result<Option<usize>> {
     }
 }
 
+/// Adds up what `work` returns for each of `parts`, taken in turn by the calling thread and by as many
+/// others as make `threads`.
+///
+/// The caller works, too: a step may be over in milliseconds, of which the system would else spend one
+/// or more on waking two threads, which it may put on one core.
+///
+/// # Errors
+/// [`Error::ThreadPool`], before any work is done.
+pub(super) fn sum<T: Sync>(
+    parts: &[T],
+    threads: usize,
+    work: impl Fn(&T) -> usize + Sync,
+) -> Result<usize> {
+    let (next, total) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let take_turns = || {
+        let turns = || parts.get(next.fetch_add(1, Ordering::Relaxed));
+        total.fetch_add(std::iter::from_fn(turns).map(&work).sum(), Ordering::Relaxed);
+    };
+    pool(threads)?.in_place_scope(|scope| {
+        for _ in 1..threads.min(parts.len()) {
+            scope.spawn(|_| take_turns());
+        }
+        take_turns();
+    });
+    Ok(total.into_inner())
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
+    use std::thread;
+
     use super::*;
 
     #[test]
@@ -108,6 +138,23 @@ mod tests {
         for bad in ["0", "-1", "two", "1025"] {
             assert!(parse(Some(bad)).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn every_part_counts_once_and_the_caller_works_too() {
+        for threads in 1..=4 {
+            let parts: Vec<usize> = (0..100).collect();
+            assert_eq!(sum(&parts, threads, |&part| part), Ok(4950), "{threads} threads");
+        }
+        assert_eq!(sum(&[], 2, |&part: &usize| part), Ok(0));
+        // each of two threads has to take one of these, as none goes on without the other
+        let (both, workers) = (Barrier::new(2), Mutex::new(Vec::new()));
+        let meet = |(): &()| {
+            workers.lock().unwrap().push(thread::current().id());
+            usize::from(both.wait().is_leader())
+        };
+        assert_eq!(sum(&[(), ()], 2, meet), Ok(1));
+        assert!(workers.into_inner().unwrap().contains(&thread::current().id()));
     }
 
     #[test]

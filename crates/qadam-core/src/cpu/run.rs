@@ -8,8 +8,6 @@ use std::ops::Range;
 use std::process;
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use super::folds::{Chunk, chunks};
 use super::kernels::{Coded8, Kernels};
 use super::measure::{Measured, measure};
@@ -42,8 +40,7 @@ fn over_chunks(
     if threads == 1 || elements <= CHUNK {
         return Ok(run(chunks));
     }
-    let batches = batches(chunks);
-    Ok(pool::pool(threads)?.install(|| batches.par_iter().map(|part| run(part)).sum()))
+    pool::sum(&batches(chunks), threads, |part| run(part))
 }
 
 /// Runs of `chunks` of at least [`CHUNK`] elements, but for the last: a thread that takes one takes

@@ -7,8 +7,8 @@
 //!
 //! * [`lanes`] is what an instruction set supplies;
 //! * [`update`] is the rule, [`dynamic`] the 8-bit code;
-//! * [`moments32`] and [`moments8`] are the step at either width;
-//! * [`gauge`] measures what a step would do.
+//! * [`moments32`] and [`moments8`] are the step at either width; [`pass`] is what the latter shares with
+//!   [`gauge`], which measures what a step would do.
 
 #[cfg(test)]
 mod codes;

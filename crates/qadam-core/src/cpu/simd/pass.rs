@@ -18,9 +18,6 @@ const AHEAD: usize = 2 * BLOCK;
 /// Its methods may be called for elements that it has room for, by callers that enable the
 /// instruction set.
 pub(super) unsafe trait Sink<L: Lanes> {
-    /// Does what it has to do beside the `4 N` elements from `at` on.
-    #[inline(always)]
-    unsafe fn meanwhile(&mut self, _at: usize) {}
     /// Takes the `N` elements from `at` on.
     unsafe fn take<const AMSGRAD: bool>(&mut self, at: usize, old_p: L::F, passed: Passed<L>);
 }
@@ -205,7 +202,6 @@ impl<L: Lanes> Pass<L> {
             let g =
                 each_of_4!(I => effective::<L>(old[I].p, G::load::<L>(g.add(at + I * L::N)), c));
             let new = updated::<L, AMSGRAD, 4>(old, g, c);
-            sink.meanwhile(at);
             for i in 0..4 {
                 // usable scales and finite gradients make finite moments
                 let stored = [new[i].m, new[i].v, new[i].max_v];
@@ -230,7 +226,6 @@ impl<L: Lanes> Pass<L> {
         // SAFETY: the contract of `over`.
         unsafe {
             let old = self.old::<P, AMSGRAD>(p, moments, at);
-            sink.meanwhile(at);
             for (i, old) in old.into_iter().enumerate() {
                 let at = at + i * L::N;
                 let (new, fate) = update::<L, AMSGRAD>(old, G::load::<L>(g.add(at)), c);
