@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SOFTWARE, give_grads, train
+from conftest import give_grads, train
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
@@ -361,7 +361,7 @@ def test_attributes_are_read_where_a_glance_does_not_do(bits):
 
 
 @pytest.mark.skipif(WITHOUT, reason="is run by this test")
-@pytest.mark.skipif(SOFTWARE is not None, reason="the same as without a software device")
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("name", ["test_sweep.py", "test_hostile.py", "test_tensors.py"])
 def test_all_is_the_same_with_a_torch_that_lacks_the_exchange_api(name):
     here = Path(__file__).parent
