@@ -8,8 +8,8 @@ use crate::codec::BLOCK;
 use crate::codec::block;
 use crate::tensor::RawCoded;
 
-/// How many elements ahead memory is asked for: two blocks, as measured (1 is as good as none where
-/// memory is slow, 4 drive each other out of the first cache).
+/// How many elements ahead memory is asked for: two blocks, as measured. One is a little slower, four
+/// are slower than none at times: they drive each other out of the first cache.
 const AHEAD: usize = 2 * BLOCK;
 
 /// What takes the new values of a pass.
