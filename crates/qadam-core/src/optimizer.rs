@@ -3,8 +3,7 @@
 use half::{bf16, f16};
 
 use crate::clip::{self, Gradient, HISTORY, Percentile};
-use crate::codec::block::BLOCK;
-use crate::codec::dynamic::{Sign, zero_code};
+use crate::codec::{BLOCK, Code, Moment};
 use crate::cpu::huge::filled;
 use crate::cpu::{self, Backend};
 use crate::dtype::DType;
@@ -155,14 +154,15 @@ pub enum Buffer<'a> {
 pub struct Coded {
     /// A code an element.
     pub code: Vec<u8>,
-    /// One scale a block of 256 elements, or one in all; finite and at least 0.
+    /// [`Code::scales`] a block of 256 elements, or so many in all; finite and at least 0.
     pub scale: Vec<f32>,
 }
 
 impl Coded {
-    fn zeros(sign: Sign, len: usize, block_wise: bool) -> Self {
-        let scales = if block_wise { len.div_ceil(BLOCK) } else { len.min(1) };
-        Self { code: filled(zero_code(sign), len), scale: vec![0.0; scales] }
+    fn zeros(code: Code, moment: Moment, len: usize, block_wise: bool) -> Self {
+        let blocks = if block_wise { len.div_ceil(BLOCK) } else { len.min(1) };
+        let scale = vec![0.0; blocks * code.scales(moment)];
+        Self { code: filled(code.zero(moment), len), scale }
     }
 
     const fn raw(&mut self) -> RawCoded {
@@ -182,8 +182,10 @@ pub enum State {
         /// With `AMSGrad`, the largest second moments so far (torch: `max_exp_avg_sq`).
         max_exp_avg_sq: Option<Vec<f32>>,
     },
-    /// [`StateCode::Dynamic8`].
-    Dynamic8 {
+    /// [`StateCode::Coded`].
+    Coded {
+        /// In which code.
+        code: Code,
         /// First moments.
         exp_avg: Coded,
         /// Second moments.
@@ -205,14 +207,16 @@ impl State {
                 exp_avg_sq: filled(0.0, len),
                 max_exp_avg_sq: format.amsgrad.then(|| filled(0.0, len)),
             },
-            StateCode::Dynamic8 => Self::Dynamic8 {
-                exp_avg: Coded::zeros(Sign::Signed, len, format.block_wise),
-                exp_avg_sq: Coded::zeros(Sign::Unsigned, len, format.block_wise),
-                max_exp_avg_sq: format
-                    .amsgrad
-                    .then(|| Coded::zeros(Sign::Unsigned, len, format.block_wise)),
-                block_wise: format.block_wise,
-            },
+            StateCode::Coded(code) => {
+                let zeros = |moment| Coded::zeros(code, moment, len, format.block_wise);
+                Self::Coded {
+                    code,
+                    exp_avg: zeros(Moment::First),
+                    exp_avg_sq: zeros(Moment::Second),
+                    max_exp_avg_sq: format.amsgrad.then(|| zeros(Moment::Largest)),
+                    block_wise: format.block_wise,
+                }
+            }
         }
     }
 
@@ -223,7 +227,7 @@ impl State {
             Self::F32 { max_exp_avg_sq, .. } => {
                 StateFormat::F32.with_amsgrad(max_exp_avg_sq.is_some())
             }
-            Self::Dynamic8 { max_exp_avg_sq, block_wise, .. } => StateFormat::DYNAMIC8
+            Self::Coded { code, max_exp_avg_sq, block_wise, .. } => StateFormat::coded(*code)
                 .with_amsgrad(max_exp_avg_sq.is_some())
                 .with_block_wise(*block_wise),
         }
@@ -268,7 +272,7 @@ impl State {
                 let moments = [exp_avg, exp_avg_sq].into_iter().chain(max_exp_avg_sq);
                 moments.map(|moment| Buffer::F32(moment)).collect()
             }
-            Self::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq, .. } => {
+            Self::Coded { exp_avg, exp_avg_sq, max_exp_avg_sq, .. } => {
                 let moments = [exp_avg, exp_avg_sq].into_iter().chain(max_exp_avg_sq);
                 moments.flat_map(|m| [Buffer::U8(&m.code), Buffer::F32(&m.scale)]).collect()
             }
@@ -282,8 +286,9 @@ impl State {
                 v: exp_avg_sq.as_mut_ptr(),
                 max_v: max_exp_avg_sq.as_mut().map(Vec::as_mut_ptr),
             }),
-            Self::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq, block_wise } => {
-                RawState::Dynamic8(Moments8 {
+            Self::Coded { code, exp_avg, exp_avg_sq, max_exp_avg_sq, block_wise } => {
+                RawState::Coded(Moments8 {
+                    code: *code,
                     m: exp_avg.raw(),
                     v: exp_avg_sq.raw(),
                     max_v: max_exp_avg_sq.as_mut().map(Coded::raw),
@@ -551,7 +556,9 @@ mod tests {
     fn formats() -> impl Iterator<Item = StateFormat> {
         let amsgrad = |format: StateFormat| [false, true].map(|on| format.with_amsgrad(on));
         let whole = StateFormat::DYNAMIC8.with_block_wise(false);
-        [StateFormat::F32, StateFormat::DYNAMIC8, whole].into_iter().flat_map(amsgrad)
+        let eight = Code::ALL.map(StateFormat::coded);
+        let all = [StateFormat::F32, whole].into_iter().chain(eight);
+        all.chain([StateFormat::RATIO8.with_block_wise(false)]).flat_map(amsgrad)
     }
 
     fn adam(format: StateFormat) -> Adam {
@@ -653,7 +660,7 @@ mod tests {
             let mut state = State::zeros(format, 300);
             match &mut state {
                 State::F32 { max_exp_avg_sq, .. } => max_exp_avg_sq.as_mut().unwrap()[7] = -1.0,
-                State::Dynamic8 { max_exp_avg_sq, .. } => {
+                State::Coded { max_exp_avg_sq, .. } => {
                     let scale = &mut max_exp_avg_sq.as_mut().unwrap().scale;
                     *scale.last_mut().unwrap() = f32::INFINITY;
                 }
@@ -662,7 +669,7 @@ mod tests {
             assert!(found.starts_with("max_exp_avg_sq"), "{found}");
             match &mut state {
                 State::F32 { max_exp_avg_sq, .. } => *max_exp_avg_sq = Some(vec![0.0; 299]),
-                State::Dynamic8 { max_exp_avg_sq, .. } => {
+                State::Coded { max_exp_avg_sq, .. } => {
                     max_exp_avg_sq.as_mut().unwrap().code.pop();
                 }
             }

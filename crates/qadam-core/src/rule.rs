@@ -25,6 +25,7 @@
 //! * The last line is multiplied through by `sqrt(c2)`: one division an element, not two.
 //! * Decoupled decay is `fma(-lr * weight_decay, p, p)`, so `1 - lr * weight_decay` is not rounded.
 
+use crate::codec::ratio::SPREAD;
 use crate::error::{Error, Result};
 use crate::ieee;
 
@@ -133,6 +134,12 @@ pub struct Coefficients {
     pub w1: f32,
     /// `1 - beta2`.
     pub w2: f32,
+    /// What the first moment will move the parameter by in all later steps, in units of the update
+    /// that it makes in this one: `lr * beta1 / (1 - beta1)`, corrected as `step` is for the second
+    /// moment. [`codec::ratio`](crate::codec::ratio) makes up for rounding with it.
+    pub carry: f32,
+    /// The step's part in rounding at random, in 2^32ths: its number times the golden ratio, modulo 1.
+    pub dither: u32,
     /// `lr * sqrt(c2) / c1`.
     pub step: f32,
     /// `eps * sqrt(c2)`.
@@ -171,6 +178,8 @@ impl Coefficients {
         Self {
             w1: (1.0 - hyper.beta1) as f32,
             w2: (1.0 - hyper.beta2) as f32,
+            carry: (hyper.lr * root_c2 * hyper.beta1 / (1.0 - hyper.beta1)) as f32,
+            dither: (t as u32).wrapping_mul(SPREAD),
             step: (hyper.lr * root_c2 / c1) as f32,
             eps: (hyper.eps * root_c2) as f32,
             l2: l2 as f32,
@@ -202,7 +211,7 @@ impl Coefficients {
     /// The same with updates multiplied by `scale`; decoupled decay is not.
     #[must_use]
     pub fn with_update_scale(self, scale: f32) -> Self {
-        Self { step: ieee::compute(|| self.step * scale), ..self }
+        ieee::compute(|| Self { step: self.step * scale, carry: self.carry * scale, ..self })
     }
 }
 
@@ -301,6 +310,15 @@ pub fn update(e: Element, g: f32, c: &Coefficients) -> (Element, Outcome) {
 #[must_use]
 pub fn direction(m: f32, v: f32, c: &Coefficients) -> f32 {
     m / (v.sqrt() + c.eps)
+}
+
+/// Makes up for a first moment that was stored as so much less than it is, in units of the root that
+/// divides, whose inverse is given: the parameter is moved by what that would have moved it in later
+/// steps. `eps` keeps updates of small roots from their full size: to first order, and at most to 0.
+#[must_use]
+pub fn carried(p: f32, lost: f32, inverse: f32, c: &Coefficients) -> f32 {
+    let share = (-c.eps).mul_add(inverse, 1.0).max(0.0);
+    canonical((-c.carry).mul_add(share * lost, p))
 }
 
 /// The larger number; NaN if either is (`torch.maximum`).

@@ -5,15 +5,15 @@
 
 use std::fmt;
 
-use crate::codec::BLOCK;
+use crate::codec::{BLOCK, Code, Moment};
 
 /// How a moment is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum StateCode {
     /// An f32 an element.
     F32,
-    /// An 8-bit code of bitsandbytes' dynamic map an element, and f32 scales.
-    Dynamic8,
+    /// An 8-bit code an element, and f32 scales.
+    Coded(Code),
 }
 
 /// How the state of a parameter is stored, and what belongs to it.
@@ -65,7 +65,15 @@ impl StateFormat {
     /// Two f32 an element: 8 bytes.
     pub const F32: Self = Self { code: StateCode::F32, amsgrad: false, block_wise: true };
     /// Two 8-bit codes an element and two f32 scales a block: 2.03 bytes an element.
-    pub const DYNAMIC8: Self = Self { code: StateCode::Dynamic8, amsgrad: false, block_wise: true };
+    pub const DYNAMIC8: Self = Self::coded(Code::Dynamic);
+    /// Two bytes an element and three f32 a block: 2.05 bytes an element.
+    pub const RATIO8: Self = Self::coded(Code::Ratio);
+
+    /// 8 bits a moment and element, in this code.
+    #[must_use]
+    pub const fn coded(code: Code) -> Self {
+        Self { code: StateCode::Coded(code), amsgrad: false, block_wise: true }
+    }
 
     /// The same with or without the third moment: half as many bytes more.
     #[must_use]
@@ -76,7 +84,7 @@ impl StateFormat {
     /// The same with a scale a block or, if it has codes, one scale for the whole tensor.
     #[must_use]
     pub const fn with_block_wise(self, block_wise: bool) -> Self {
-        let has_codes = matches!(self.code, StateCode::Dynamic8);
+        let has_codes = matches!(self.code, StateCode::Coded(_));
         Self { block_wise: block_wise || !has_codes, ..self }
     }
 
@@ -90,19 +98,24 @@ impl StateFormat {
         } else {
             (Per::Tensor, len.min(1))
         };
-        let scales = |name| BufferSpec { name, dtype: StateType::F32, per, len: count };
         let mut buffers = match self.code {
             StateCode::F32 => {
                 vec![values("exp_avg"), values("exp_avg_sq"), values("max_exp_avg_sq")]
             }
-            StateCode::Dynamic8 => vec![
-                codes("exp_avg_code"),
-                scales("exp_avg_scale"),
-                codes("exp_avg_sq_code"),
-                scales("exp_avg_sq_scale"),
-                codes("max_exp_avg_sq_code"),
-                scales("max_exp_avg_sq_scale"),
-            ],
+            StateCode::Coded(code) => {
+                let scales = |moment| {
+                    let (name, len) = (scale_name(code, moment), count * code.scales(moment));
+                    BufferSpec { name, dtype: StateType::F32, per, len }
+                };
+                vec![
+                    codes("exp_avg_code"),
+                    scales(Moment::First),
+                    codes("exp_avg_sq_code"),
+                    scales(Moment::Second),
+                    codes("max_exp_avg_sq_code"),
+                    scales(Moment::Largest),
+                ]
+            }
         };
         if !self.amsgrad {
             buffers.truncate(buffers.len() / 3 * 2);
@@ -111,12 +124,23 @@ impl StateFormat {
     }
 }
 
+/// The key of the scales of a moment: a range is named as such, so that state says which code it is in.
+const fn scale_name(code: Code, moment: Moment) -> &'static str {
+    match (moment, code.scales(moment)) {
+        (Moment::First, _) => "exp_avg_scale",
+        (Moment::Second, 1) => "exp_avg_sq_scale",
+        (Moment::Second, _) => "exp_avg_sq_range",
+        (Moment::Largest, 1) => "max_exp_avg_sq_scale",
+        (Moment::Largest, _) => "max_exp_avg_sq_range",
+    }
+}
+
 impl fmt::Display for StateFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.code {
-            StateCode::F32 => "32-bit",
-            StateCode::Dynamic8 => "8-bit (dynamic)",
-        })?;
+        match self.code {
+            StateCode::F32 => f.write_str("32-bit")?,
+            StateCode::Coded(code) => write!(f, "8-bit ({})", code.name())?,
+        }
         f.write_str(if self.block_wise { "" } else { ", one scale" })?;
         f.write_str(if self.amsgrad { " with AMSGrad" } else { "" })
     }
@@ -143,6 +167,12 @@ mod tests {
             let whole = format.with_block_wise(false);
             assert_eq!(bytes(whole, 256_000), (256_000 + 4) * moments);
             assert_eq!(bytes(whole, 0), 0);
+            let ratio = StateFormat::RATIO8.with_amsgrad(amsgrad);
+            let scales = moments * 2 - 1;
+            assert_eq!(bytes(ratio, 256_000), 256_000 * moments + 4_000 * scales);
+            assert_eq!(bytes(ratio, 257), 257 * moments + 8 * scales);
+            assert_eq!(bytes(ratio.with_block_wise(false), 257), 257 * moments + 4 * scales);
+            assert_eq!(bytes(ratio, 0), 0);
         }
         assert_eq!(StateFormat::F32.with_block_wise(false), StateFormat::F32);
     }
@@ -150,7 +180,7 @@ mod tests {
     #[test]
     fn the_third_moment_comes_last() {
         let whole = StateFormat::DYNAMIC8.with_block_wise(false);
-        for format in [StateFormat::F32, StateFormat::DYNAMIC8, whole] {
+        for format in [StateFormat::F32, StateFormat::DYNAMIC8, StateFormat::RATIO8, whole] {
             let (two, three) = (format.buffers(300), format.with_amsgrad(true).buffers(300));
             let third = three.strip_prefix(&two[..]).unwrap();
             assert!(third.iter().all(|buffer| buffer.name.starts_with("max_exp_avg_sq")));

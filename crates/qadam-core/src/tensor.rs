@@ -2,8 +2,9 @@
 //! end.
 
 use std::ops::Range;
+use std::slice::{from_raw_parts, from_raw_parts_mut};
 
-use crate::codec::BLOCK;
+use crate::codec::{BLOCK, Code, Moment, Scale, Scales};
 use crate::dtype::DType;
 use crate::layout::Walk;
 use crate::rule::Coefficients;
@@ -25,13 +26,15 @@ pub struct Moments32 {
 pub struct RawCoded {
     /// Codes, one byte an element.
     pub code: *mut u8,
-    /// Scales: one f32 a block, or one in all.
+    /// [`Code::scales`] f32 a block, or so many in all.
     pub scale: *mut f32,
 }
 
 /// Pointers to 8-bit moments.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Moments8 {
+    /// The code that they are in.
+    pub code: Code,
     /// First moments.
     pub m: RawCoded,
     /// Second moments.
@@ -60,10 +63,11 @@ impl RawCoded {
     /// The moment from element `start` on, which begins a block.
     ///
     /// # Safety
-    /// `start` is a multiple of [`BLOCK`] and at most the number of codes; `block_wise` is right.
-    pub(crate) unsafe fn skip(self, start: usize, block_wise: bool) -> Self {
+    /// `start` is a multiple of [`BLOCK`] and at most the number of codes; each block has so many
+    /// `scales`.
+    unsafe fn skip(self, start: usize, scales: usize) -> Self {
         debug_assert_eq!(start % BLOCK, 0);
-        let scales = if block_wise { start / BLOCK } else { 0 };
+        let scales = start / BLOCK * scales;
         // SAFETY: element `start` and its block are within the buffers, by contract.
         unsafe { Self { code: self.code.add(start), scale: self.scale.add(scales) } }
     }
@@ -75,11 +79,43 @@ impl Moments8 {
     /// # Safety
     /// `start` is a multiple of [`BLOCK`] and at most the length of the code buffers.
     pub(crate) unsafe fn skip(self, start: usize) -> Self {
-        let skip = |moment: RawCoded| {
+        let skip = |coded: RawCoded, moment| {
+            let scales = if self.block_wise { self.code.scales(moment) } else { 0 };
             // SAFETY: this function's contract.
-            unsafe { moment.skip(start, self.block_wise) }
+            unsafe { coded.skip(start, scales) }
         };
-        Self { m: skip(self.m), v: skip(self.v), max_v: self.max_v.map(skip), ..self }
+        Self {
+            m: skip(self.m, Moment::First),
+            v: skip(self.v, Moment::Second),
+            max_v: self.max_v.map(|max_v| skip(max_v, Moment::Largest)),
+            ..self
+        }
+    }
+
+    /// The scales of the first block, or the only ones.
+    ///
+    /// # Safety
+    /// There are some, and nobody writes them.
+    pub(crate) unsafe fn scales(self) -> Scales {
+        let mut scales = Scales::default();
+        for ((coded, moment), scale) in self.each().zip(Moment::ALL).zip(&mut scales) {
+            // SAFETY: this function's contract.
+            let from = unsafe { from_raw_parts(coded.scale, self.code.scales(moment)) };
+            *scale = Scale::read(from);
+        }
+        scales
+    }
+
+    /// Writes what [`Moments8::scales`] reads.
+    ///
+    /// # Safety
+    /// There are some, and nobody else uses them.
+    pub(crate) unsafe fn set_scales(self, scales: &Scales) {
+        for ((coded, moment), scale) in self.each().zip(Moment::ALL).zip(scales) {
+            // SAFETY: this function's contract.
+            let to = unsafe { from_raw_parts_mut(coded.scale, self.code.scales(moment)) };
+            scale.write(to);
+        }
     }
 
     /// The two or three moments.
@@ -93,8 +129,8 @@ impl Moments8 {
 pub enum RawState {
     /// [`StateCode::F32`].
     F32(Moments32),
-    /// [`StateCode::Dynamic8`].
-    Dynamic8(Moments8),
+    /// [`StateCode::Coded`].
+    Coded(Moments8),
 }
 
 impl RawState {
@@ -112,11 +148,11 @@ impl RawState {
                 let max_v = if format.amsgrad { Some(next()?) } else { None };
                 Self::F32(Moments32 { m, v, max_v })
             }
-            StateCode::Dynamic8 => {
+            StateCode::Coded(code) => {
                 let mut next = || Some(RawCoded { code: rest.next()?, scale: rest.next()?.cast() });
                 let (m, v) = (next()?, next()?);
                 let max_v = if format.amsgrad { Some(next()?) } else { None };
-                Self::Dynamic8(Moments8 { m, v, max_v, block_wise: format.block_wise })
+                Self::Coded(Moments8 { code, m, v, max_v, block_wise: format.block_wise })
             }
         };
         rest.next().is_none().then_some(state)
@@ -127,7 +163,7 @@ impl RawState {
     pub const fn format(self) -> StateFormat {
         match self {
             Self::F32(moments) => StateFormat::F32.with_amsgrad(moments.max_v.is_some()),
-            Self::Dynamic8(moments) => StateFormat::DYNAMIC8
+            Self::Coded(moments) => StateFormat::coded(moments.code)
                 .with_amsgrad(moments.max_v.is_some())
                 .with_block_wise(moments.block_wise),
         }
@@ -146,12 +182,13 @@ impl RawState {
                 let values = [m, v].into_iter().chain(max_v);
                 values.map(|moment| part(moment.addr(), &elements, 4)).collect()
             }
-            Self::Dynamic8(moments) => {
-                let scales = if moments.block_wise { blocks } else { 0..len.min(1) };
-                let of_moment = |RawCoded { code, scale }: RawCoded| {
-                    [part(code.addr(), &elements, 1), part(scale.addr(), &scales, 4)]
+            Self::Coded(moments) => {
+                let blocks = if moments.block_wise { blocks } else { 0..len.min(1) };
+                let of_moment = |(RawCoded { code, scale }, moment)| {
+                    let size = 4 * moments.code.scales(moment);
+                    [part(code.addr(), &elements, 1), part(scale.addr(), &blocks, size)]
                 };
-                moments.each().flat_map(of_moment).collect()
+                moments.each().zip(Moment::ALL).flat_map(of_moment).collect()
             }
         }
     }
@@ -225,8 +262,13 @@ unsafe impl Sync for TensorStep {}
 mod tests {
     use super::*;
 
-    const FORMATS: [StateFormat; 3] =
-        [StateFormat::F32, StateFormat::DYNAMIC8, StateFormat::DYNAMIC8.with_block_wise(false)];
+    const FORMATS: [StateFormat; 5] = [
+        StateFormat::F32,
+        StateFormat::DYNAMIC8,
+        StateFormat::DYNAMIC8.with_block_wise(false),
+        StateFormat::RATIO8,
+        StateFormat::RATIO8.with_block_wise(false),
+    ];
 
     #[test]
     fn addresses_are_those_of_the_buffers_in_order() {
@@ -239,10 +281,10 @@ mod tests {
             let want = |start: usize, len: usize| -> Vec<Range<usize>> {
                 let of_buffer = |(base, spec): (usize, &crate::BufferSpec)| {
                     let size = if spec.dtype == crate::StateType::F32 { 4 } else { 1 };
-                    let each = match spec.per {
-                        crate::Per::Element => 1,
-                        crate::Per::Block => BLOCK,
-                        crate::Per::Tensor => return base..base + size,
+                    let (each, size) = match spec.per {
+                        crate::Per::Element => (1, size),
+                        crate::Per::Block => (BLOCK, size * spec.len / 3), // there are 3 blocks
+                        crate::Per::Tensor => return base..base + size * spec.len,
                     };
                     base + start / each * size..base + (start + len).div_ceil(each) * size
                 };
@@ -254,7 +296,7 @@ mod tests {
             let skipped = unsafe {
                 match state {
                     RawState::F32(moments) => RawState::F32(moments.skip(256)),
-                    RawState::Dynamic8(moments) => RawState::Dynamic8(moments.skip(256)),
+                    RawState::Coded(moments) => RawState::Coded(moments.skip(256)),
                 }
             };
             assert_eq!(skipped.addresses(0, 333), want(256, 333));

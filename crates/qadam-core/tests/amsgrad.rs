@@ -1,6 +1,7 @@
 //! AMSGrad through the safe API: `torch.optim`'s equation, and what 8 bits may lose of the maximum.
 
 use proptest::prelude::*;
+use qadam_core::codec::Code;
 use qadam_core::codec::block::{BLOCK, decode};
 use qadam_core::codec::dynamic::{self, Sign};
 use qadam_core::cpu::Backend;
@@ -19,7 +20,7 @@ fn adam(hyper: Hyper, format: StateFormat, backend: Backend) -> (Adam, ParamId) 
 /// The third moment.
 fn maxima(adam: &Adam, id: ParamId) -> Coded {
     match adam.state(id).unwrap().0 {
-        State::Dynamic8 { max_exp_avg_sq: Some(maxima), .. } => maxima.clone(),
+        State::Coded { max_exp_avg_sq: Some(maxima), .. } => maxima.clone(),
         other => panic!("{:?} has no coded maximum", other.format()),
     }
 }
@@ -140,7 +141,13 @@ fn codes_are_idempotent_at_scales_of_all_sizes() {
         let all = Coded { code, scale: vec![scale; 2] };
         let (exp_avg, exp_avg_sq) = (first.clone(), zeros.clone());
         let max_exp_avg_sq = Some(all.clone());
-        let state = State::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq, block_wise: true };
+        let state = State::Coded {
+            code: Code::Dynamic,
+            exp_avg,
+            exp_avg_sq,
+            max_exp_avg_sq,
+            block_wise: true,
+        };
         adam.load_state(id, state, 1).unwrap();
         adam.step(&mut [Update::new(id, &mut [0.0_f32; LEN][..], &[0.0_f32; LEN][..])]).unwrap();
         assert_eq!(maxima(&adam, id), all, "{scale:e}");

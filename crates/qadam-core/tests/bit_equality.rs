@@ -105,13 +105,17 @@ fn state_bits(state: &State) -> Vec<u32> {
 }
 
 const ONE_SCALE: StateFormat = StateFormat::DYNAMIC8.with_block_wise(false);
-const FORMATS: [StateFormat; 6] = [
+const FORMATS: [StateFormat; 10] = [
     StateFormat::F32,
     StateFormat::DYNAMIC8,
     StateFormat::F32.with_amsgrad(true),
     StateFormat::DYNAMIC8.with_amsgrad(true),
     ONE_SCALE,
     ONE_SCALE.with_amsgrad(true),
+    StateFormat::RATIO8,
+    StateFormat::RATIO8.with_amsgrad(true),
+    StateFormat::RATIO8.with_block_wise(false),
+    StateFormat::RATIO8.with_block_wise(false).with_amsgrad(true),
 ];
 
 /// How gradients are cut: by the percentile of their history, and all together.
@@ -145,7 +149,7 @@ fn foreign(format: StateFormat, len: usize) -> State {
                 moment.iter_mut().enumerate().for_each(|(i, x)| *x = value(3 * i + k));
             }
         }
-        State::Dynamic8 { exp_avg, exp_avg_sq, max_exp_avg_sq, .. } => {
+        State::Coded { exp_avg, exp_avg_sq, max_exp_avg_sq, .. } => {
             for (k, moment) in [exp_avg, exp_avg_sq].into_iter().chain(max_exp_avg_sq).enumerate() {
                 let codes = moment.code.iter_mut().enumerate();
                 codes.for_each(|(i, code)| *code = (hash(3 * i + k) % 200) as u8);

@@ -4,6 +4,7 @@ use half::{bf16, f16};
 
 use super::measure::Gauge;
 use super::{Backend, scalar};
+use crate::codec::Scales;
 use crate::dtype::DType;
 use crate::rule::Coefficients;
 use crate::tensor::{Moments8, Moments32};
@@ -22,13 +23,27 @@ type Kernel<S> = unsafe fn(*mut u8, *const u8, S, usize, &Coefficients) -> usize
 /// As [`Kernel`], but everything may be read by others. 8-bit moments begin at a block.
 type GaugeKernel<S> = unsafe fn(*const u8, *const u8, S, usize, &Coefficients, &mut Gauge);
 
-/// 8-bit moments, and what becomes of their scales.
+/// 8-bit moments, where they are in their tensor, and what becomes of their scales.
 #[derive(Clone, Copy)]
 pub(super) struct Coded8 {
     pub moments: Moments8,
+    /// Which element of the tensor is the first.
+    pub start: u64,
     /// Where the tensor has one scale a moment: what the moments are to be encoded for. The caller
     /// writes them, as other threads still read the old ones.
-    pub new_scales: Option<[f32; 3]>,
+    pub told: Option<Scales>,
+}
+
+impl Coded8 {
+    /// The same from element `start` on, which begins a block.
+    ///
+    /// # Safety
+    /// `start` is a multiple of a block and at most the number of elements.
+    pub(super) unsafe fn skip(self, start: usize) -> Self {
+        // SAFETY: this function's contract.
+        let moments = unsafe { self.moments.skip(start) };
+        Self { moments, start: self.start + start as u64, ..self }
+    }
 }
 
 /// The functions for one pair of element types.

@@ -9,6 +9,7 @@ use super::kernels::Kernels;
 use super::{Backend, run};
 use crate::clip;
 use crate::codec::block::usable_scale;
+use crate::codec::{Code, Scales, ratio};
 use crate::error::Result;
 use crate::ieee;
 use crate::norm::{self, Lanes};
@@ -21,10 +22,86 @@ pub(super) struct Gauge {
     pub params: Lanes,
     /// Of [`direction`](crate::rule::direction), 0 for elements that are kept.
     pub updates: Lanes,
-    /// The largest magnitudes of the new moments that are finite; 8 bits only.
-    pub largest: [f32; 3],
+    /// What the new moments' scales must reach, as [`Gauge::extend`] says; 8 bits only.
+    pub reach: Reach,
     /// Whether elements are kept; 8 bits only.
     pub keeps: bool,
+}
+
+/// How far the new moments reach that are finite.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reach {
+    /// The largest magnitude of each moment; in the ratio code that of the ratios for the first.
+    pub largest: [f32; 3],
+    /// The smallest one that is not 0, infinite if there is none; of no account in the dynamic code.
+    pub least: [f32; 3],
+}
+
+impl Default for Reach {
+    fn default() -> Self {
+        Self { largest: [0.0; 3], least: [f32::INFINITY; 3] }
+    }
+}
+
+impl Reach {
+    /// How far both reach.
+    pub(super) fn join(self, other: Self) -> Self {
+        let (mut largest, mut least) = (self.largest, self.least);
+        for i in 0..3 {
+            largest[i] = largest[i].max(other.largest[i]);
+            least[i] = least[i].min(other.least[i]);
+        }
+        Self { largest, least }
+    }
+
+    /// The scales for moments that reach so far; `old` ones are joined where elements are kept.
+    fn scales(&self, code: Code, old: Option<Scales>) -> Scales {
+        let mut scales = Scales::default();
+        match code {
+            Code::Dynamic => {
+                for (i, scale) in scales.iter_mut().enumerate() {
+                    let old = old.map_or(0.0, |old| usable_scale(old[i].high));
+                    // a -0 from elsewhere is no least: which zero is the larger is left open
+                    let least = if old.is_sign_positive() { old } else { 0.0 };
+                    scale.high = least.max(self.largest[i]);
+                }
+            }
+            Code::Ratio => {
+                scales[0].high = ratio::scale(self.largest[0], old.map(|old| old[0].high));
+                for (i, scale) in scales.iter_mut().enumerate().skip(1) {
+                    let (least, largest) = (self.least[i].sqrt(), self.largest[i].sqrt());
+                    *scale = ratio::range(least, largest, old.map(|old| old[i]));
+                }
+            }
+        }
+        scales
+    }
+}
+
+impl Gauge {
+    /// Takes note of new moments in a code: the first, the second and, if it has elements, the third.
+    pub(super) fn extend(&mut self, code: Code, [m, v, max_v]: [&[f32]; 3]) {
+        let ends = |values: &[f32]| {
+            let finite = values.iter().map(|x| x.abs()).filter(|x| x.is_finite());
+            finite.fold((f32::INFINITY, 0.0_f32), |(least, largest), x| {
+                (if x > 0.0 { least.min(x) } else { least }, largest.max(x))
+            })
+        };
+        let mut reach = Reach::default();
+        for (i, values) in [m, v, max_v].into_iter().enumerate() {
+            (reach.least[i], reach.largest[i]) = ends(values);
+        }
+        if code == Code::Ratio {
+            let roots = if max_v.is_empty() { v } else { max_v };
+            let ratio = |(m, root): (&f32, &f32)| {
+                let finite = |x: f32| if x.is_finite() { x } else { 0.0 };
+                ratio::ratio(finite(*m), ratio::inverse(finite(*root).sqrt()))
+            };
+            let ratios: Vec<f32> = m.iter().zip(roots).map(ratio).collect();
+            reach.largest[0] = ends(&ratios).1;
+        }
+        self.reach = self.reach.join(reach);
+    }
 }
 
 /// The same of a chunk or a tensor.
@@ -32,7 +109,7 @@ pub(super) struct Gauge {
 struct Found {
     param_squares: f64,
     update_squares: f64,
-    largest: [f32; 3],
+    reach: Reach,
     keeps: bool,
 }
 
@@ -42,11 +119,11 @@ pub(super) struct Measured {
     /// What the update is multiplied by.
     pub update_scale: f32,
     /// The new scales of the moments, where they have one each.
-    pub new_scales: Option<[f32; 3]>,
+    pub new_scales: Option<Scales>,
 }
 
 const fn has_one_scale(step: &TensorStep) -> bool {
-    matches!(step.state, RawState::Dynamic8(moments) if !moments.block_wise)
+    matches!(step.state, RawState::Coded(moments) if !moments.block_wise)
 }
 
 fn is_to_measure(step: &TensorStep) -> bool {
@@ -104,7 +181,7 @@ unsafe fn gauge(step: &TensorStep, chunk: &Chunk, kernels: Kernels) -> Found {
             RawState::F32(moments) => {
                 (kernels.gauge32)(param, grad, moments.skip(start), len, c, &mut gauge);
             }
-            RawState::Dynamic8(moments) => {
+            RawState::Coded(moments) => {
                 (kernels.gauge8)(param, grad, moments.skip(start), len, c, &mut gauge);
             }
         });
@@ -112,7 +189,7 @@ unsafe fn gauge(step: &TensorStep, chunk: &Chunk, kernels: Kernels) -> Found {
     Found {
         param_squares: gauge.params.total(),
         update_squares: gauge.updates.total(),
-        largest: gauge.largest,
+        reach: gauge.reach,
         keeps: gauge.keeps,
     }
 }
@@ -127,18 +204,12 @@ unsafe fn of_tensor(step: &TensorStep, chunks: &[Found]) -> Measured {
     let (params, updates) = (sum(|found| found.param_squares), sum(|found| found.update_squares));
     let update_scale = clip::update(c.max_unorm, params, updates, c.correction);
     let new_scales = match step.state {
-        RawState::Dynamic8(moments) if !moments.block_wise && !chunks.is_empty() => {
+        RawState::Coded(moments) if !moments.block_wise && !chunks.is_empty() => {
             let keeps = chunks.iter().any(|found| found.keeps);
-            let mut scales = [0.0; 3];
-            for (index, (scale, moment)) in scales.iter_mut().zip(moments.each()).enumerate() {
-                // SAFETY: this function's contract; the tensor has an element, so there is a scale.
-                let old = unsafe { usable_scale(*moment.scale) };
-                let largest = chunks.iter().map(|found| found.largest[index]);
-                // a -0 from elsewhere is no least: which zero is the larger is left open
-                let least = if keeps && old.is_sign_positive() { old } else { 0.0 };
-                *scale = ieee::compute(|| largest.fold(least, f32::max));
-            }
-            Some(scales)
+            // SAFETY: this function's contract; the tensor has an element, so there are scales.
+            let old = keeps.then(|| unsafe { moments.scales() });
+            let reach = chunks.iter().fold(Reach::default(), |all, found| all.join(found.reach));
+            Some(ieee::compute(|| reach.scales(moments.code, old)))
         }
         _ => None,
     };

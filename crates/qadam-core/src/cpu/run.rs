@@ -12,7 +12,7 @@ use super::folds::{Chunk, chunks};
 use super::kernels::{Coded8, Kernels};
 use super::measure::{Measured, measure};
 use super::{Backend, pool};
-use crate::codec::BLOCK;
+use crate::codec::{BLOCK, Scales};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ieee::Ieee;
@@ -133,13 +133,11 @@ pub unsafe fn run(steps: &[TensorStep], backend: Backend, threads: usize) -> Res
         over_chunks(steps, &chunks[part], threads, update)
     })?;
     for (tensor, step) in steps.iter().enumerate() {
-        if let (RawState::Dynamic8(moments), Some(Measured { new_scales: Some(scales), .. })) =
+        if let (RawState::Coded(moments), Some(Measured { new_scales: Some(scales), .. })) =
             (step.state, of(tensor))
         {
-            for (moment, scale) in moments.each().zip(scales) {
-                // SAFETY: the moment's only scale, valid and exclusive by `TensorStep::new`.
-                unsafe { *moment.scale = scale };
-            }
+            // SAFETY: the moments' only scales, valid and exclusive by `TensorStep::new`.
+            unsafe { moments.set_scales(&scales) };
         }
     }
     Ok(nonfinite)
@@ -229,7 +227,7 @@ pub unsafe fn count_nonfinite(steps: &[TensorStep], threads: usize) -> Result<()
 /// What a tensor's kernels are told.
 struct Told<'a> {
     coefficients: &'a Coefficients,
-    new_scales: Option<[f32; 3]>,
+    new_scales: Option<Scales>,
 }
 
 impl Told<'_> {
@@ -253,9 +251,8 @@ impl Told<'_> {
                 RawState::F32(moments) => {
                     (kernels.step32)(param, grad, moments.skip(start), len, c)
                 }
-                RawState::Dynamic8(moments) => {
-                    let moments = moments.skip(start);
-                    let coded = Coded8 { moments, new_scales: self.new_scales };
+                RawState::Coded(moments) => {
+                    let coded = Coded8 { moments, start: 0, told: self.new_scales }.skip(start);
                     (kernels.step8)(param, grad, coded, len, c)
                 }
             }

@@ -9,6 +9,7 @@ use super::table::{
     Access, Chunk, Clip, DIMS, FOUND, Grad, Hyper as DeviceHyper, Strides, Table, Tally, Tensor,
     bytes, flag,
 };
+use crate::codec::Code;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::Walk;
@@ -367,9 +368,10 @@ fn tensor(step: &DeviceStep, hyper: u32) -> Tensor {
     let buffers = step.buffers().map(|(address, _)| address);
     let (mut flags, [m, v, max_v, m_scale, v_scale, max_v_scale]) = match step.state {
         DeviceState::F32 { .. } => (0, buffers),
-        DeviceState::Dynamic8 { .. } => {
+        DeviceState::Coded { code, .. } => {
             let [m, m_scale, v, v_scale, max_v, max_v_scale] = buffers;
-            (flag::IS_8BIT, [m, v, max_v, m_scale, v_scale, max_v_scale])
+            let is_ratio = if code == Code::Ratio { flag::IS_RATIO } else { 0 };
+            (flag::IS_8BIT | is_ratio, [m, v, max_v, m_scale, v_scale, max_v_scale])
         }
     };
     if step.has_one_scale() {
@@ -566,7 +568,7 @@ mod tests {
 
     #[test]
     fn state_is_laid_out_as_the_format_says() {
-        for format in [StateFormat::F32, StateFormat::DYNAMIC8] {
+        for format in [StateFormat::F32, StateFormat::DYNAMIC8, StateFormat::RATIO8] {
             for format in [format, format.with_amsgrad(true)] {
                 let specs = format.buffers(1000);
                 let addresses: Vec<u64> = (1..=specs.len() as u64).map(|i| i << 12).collect();
@@ -585,13 +587,21 @@ mod tests {
                 let at = |name| specs.iter().position(|b| b.name == name).map_or(0, |i| want[i].0);
                 let names = match format.code {
                     StateCode::F32 => ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "", "", ""],
-                    StateCode::Dynamic8 => [
+                    StateCode::Coded(Code::Dynamic) => [
                         "exp_avg_code",
                         "exp_avg_sq_code",
                         "max_exp_avg_sq_code",
                         "exp_avg_scale",
                         "exp_avg_sq_scale",
                         "max_exp_avg_sq_scale",
+                    ],
+                    StateCode::Coded(Code::Ratio) => [
+                        "exp_avg_code",
+                        "exp_avg_sq_code",
+                        "max_exp_avg_sq_code",
+                        "exp_avg_scale",
+                        "exp_avg_sq_range",
+                        "max_exp_avg_sq_range",
                     ],
                 };
                 let Tensor { m, v, max_v, m_scale, v_scale, max_v_scale, .. } = of_kernel;

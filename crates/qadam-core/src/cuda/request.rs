@@ -1,7 +1,7 @@
 //! What is asked of a device: the update of a parameter, and how gradients are cut before.
 
 use crate::clip::{self, HISTORY};
-use crate::codec::BLOCK;
+use crate::codec::{BLOCK, Code, Moment};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::layout::Walk;
@@ -30,8 +30,10 @@ pub enum DeviceState {
         /// Largest second moments so far, by which the update divides (`AMSGrad`).
         max_v: Option<u64>,
     },
-    /// [`StateCode::Dynamic8`].
-    Dynamic8 {
+    /// [`StateCode::Coded`].
+    Coded {
+        /// In which code.
+        code: Code,
         /// First moments.
         m: DeviceCoded,
         /// Second moments.
@@ -57,11 +59,11 @@ impl DeviceState {
                 let max_v = if format.amsgrad { Some(rest.next()?) } else { None };
                 Self::F32 { m, v, max_v }
             }
-            StateCode::Dynamic8 => {
+            StateCode::Coded(code) => {
                 let mut next = || Some(DeviceCoded { code: rest.next()?, scale: rest.next()? });
                 let (m, v) = (next()?, next()?);
                 let max_v = if format.amsgrad { Some(next()?) } else { None };
-                Self::Dynamic8 { m, v, max_v, block_wise: format.block_wise }
+                Self::Coded { code, m, v, max_v, block_wise: format.block_wise }
             }
         };
         rest.next().is_none().then_some(state)
@@ -75,13 +77,18 @@ impl DeviceState {
                 let values = |address| (address, 4 * len);
                 [values(m), values(v), max_v.map_or(NONE, values), NONE, NONE, NONE]
             }
-            Self::Dynamic8 { m, v, max_v, block_wise } => {
-                let count = if block_wise { len.div_ceil(BLOCK as u64) } else { len.min(1) };
-                let codes = |coded: DeviceCoded| (coded.code, len);
-                let scales = |coded: DeviceCoded| (coded.scale, 4 * count);
-                let (max_codes, max_scales) =
-                    (max_v.map_or(NONE, codes), max_v.map_or(NONE, scales));
-                [codes(m), scales(m), codes(v), scales(v), max_codes, max_scales]
+            Self::Coded { code, m, v, max_v, block_wise } => {
+                let blocks = if block_wise { len.div_ceil(BLOCK as u64) } else { len.min(1) };
+                let of = |coded: Option<DeviceCoded>, moment| {
+                    let bytes = 4 * blocks * code.scales(moment) as u64;
+                    coded.map_or([NONE; 2], |coded| [(coded.code, len), (coded.scale, bytes)])
+                };
+                let [m, v, max_v] = [
+                    of(Some(m), Moment::First),
+                    of(Some(v), Moment::Second),
+                    of(max_v, Moment::Largest),
+                ];
+                [m[0], m[1], v[0], v[1], max_v[0], max_v[1]]
             }
         }
     }
@@ -161,7 +168,7 @@ impl DeviceStep {
 
     /// Whether each moment has one scale for the whole tensor.
     pub(super) const fn has_one_scale(&self) -> bool {
-        matches!(self.state, DeviceState::Dynamic8 { block_wise: false, .. })
+        matches!(self.state, DeviceState::Coded { block_wise: false, .. })
     }
 
     /// Whether something must be known of the whole tensor before any of it is written.
@@ -212,7 +219,7 @@ impl DeviceStep {
         };
         match self.state {
             DeviceState::F32 { m, v, max_v } => [m, v].into_iter().chain(max_v).try_for_each(state),
-            DeviceState::Dynamic8 { m, v, max_v, .. } => {
+            DeviceState::Coded { m, v, max_v, .. } => {
                 [m, v].into_iter().chain(max_v).try_for_each(coded)
             }
         }

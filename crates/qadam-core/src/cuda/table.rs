@@ -55,6 +55,8 @@ pub(super) mod flag {
     pub const ONE_SCALE: u8 = 2;
     /// The tensor is measured before it is stepped.
     pub const MEASURED: u8 = 4;
+    /// Codes are those of the ratio code.
+    pub const IS_RATIO: u8 = 8;
 }
 
 /// A gradient; address 0 skips the tensor.

@@ -424,8 +424,8 @@ fn instructions_an_element() {
                 let most = match (format.code, format.amsgrad) {
                     (StateCode::F32, false) => 60.0,
                     (StateCode::F32, true) => 80.0,
-                    (StateCode::Dynamic8, false) => 150.0,
-                    (StateCode::Dynamic8, true) => 215.0,
+                    (StateCode::Coded(_), false) => 150.0,
+                    (StateCode::Coded(_), true) => 215.0,
                 };
                 println!("sm_{}, {}, {format}: {count:.1}", ptx.0, dtype.name());
                 assert!(count < most, "sm_{}, {dtype:?}, {format:?}: {count}", ptx.0);

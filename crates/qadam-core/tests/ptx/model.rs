@@ -362,14 +362,18 @@ pub fn moments(format: StateFormat, buffers: &[u64]) -> [u64; 6] {
     let at = |i: usize| buffers.get(i).copied().unwrap_or(0);
     match format.code {
         StateCode::F32 => [at(0), at(1), at(2), 0, 0, 0],
-        StateCode::Dynamic8 => [at(0), at(2), at(4), at(1), at(3), at(5)],
+        StateCode::Coded(_) => [at(0), at(2), at(4), at(1), at(3), at(5)],
     }
 }
 
 /// The flags of a state's format.
 pub fn flags(format: StateFormat) -> u8 {
-    let is_8bit = if format.code == StateCode::Dynamic8 { IS_8BIT } else { 0 };
-    is_8bit | if format.block_wise { 0 } else { ONE_SCALE }
+    let code = match format.code {
+        StateCode::F32 => 0,
+        StateCode::Coded(Code::Dynamic) => IS_8BIT,
+        StateCode::Coded(Code::Ratio) => IS_8BIT | IS_RATIO,
+    };
+    code | if format.block_wise { 0 } else { ONE_SCALE }
 }
 
 /// Addresses.

@@ -125,7 +125,7 @@ unsafe fn lookup(table: &'static [f32; 8], index: __m256i) -> __m256 {
 
 /// Four vectors' integers as bytes, four elements of each vector by turns; cut to 0 and 255.
 #[inline(always)]
-unsafe fn bytes([a, b, c, d]: [__m256i; 4]) -> __m256i {
+pub(super) unsafe fn bytes([a, b, c, d]: [__m256i; 4]) -> __m256i {
     // SAFETY: the caller enables the instruction sets.
     unsafe { _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)) }
 }
@@ -143,7 +143,7 @@ unsafe fn signs(x: [__m256; 4]) -> __m256i {
 
 /// Stores bytes that go through four vectors by turns, vector by vector.
 #[inline(always)]
-unsafe fn store(bytes: __m256i, to: *mut u8) {
+pub(super) unsafe fn store(bytes: __m256i, to: *mut u8) {
     // SAFETY: the caller enables the instruction sets; `to` is valid for 32 bytes.
     unsafe {
         let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);

@@ -110,8 +110,53 @@ unsafe impl Lanes for Avx2 {
         fn splat_i(x: i32) -> __m256i {
             _mm256_set1_epi32(x)
         }
+        fn add_i(a: __m256i, b: __m256i) -> __m256i {
+            _mm256_add_epi32(a, b)
+        }
+        fn sub_i(a: __m256i, b: __m256i) -> __m256i {
+            _mm256_sub_epi32(a, b)
+        }
+        fn mul_i(a: __m256i, b: __m256i) -> __m256i {
+            _mm256_mullo_epi32(a, b)
+        }
+        fn and_i(a: __m256i, b: __m256i) -> __m256i {
+            _mm256_and_si256(a, b)
+        }
+        fn or_i(a: __m256i, b: __m256i) -> __m256i {
+            _mm256_or_si256(a, b)
+        }
+        fn xor_i(a: __m256i, b: __m256i) -> __m256i {
+            _mm256_xor_si256(a, b)
+        }
+        fn left<const BY: u32>(a: __m256i) -> __m256i {
+            _mm256_sll_epi32(a, _mm_cvtsi32_si128(BY as i32))
+        }
+        fn right<const BY: u32>(a: __m256i) -> __m256i {
+            _mm256_srl_epi32(a, _mm_cvtsi32_si128(BY as i32))
+        }
         fn max_i(a: __m256i, b: __m256i) -> __m256i {
             _mm256_max_epi32(a, b)
+        }
+        fn min_i(a: __m256i, b: __m256i) -> __m256i {
+            _mm256_min_epi32(a, b)
+        }
+        fn max_u(a: __m256i, b: __m256i) -> __m256i {
+            _mm256_max_epu32(a, b)
+        }
+        fn reduce_max_u(a: __m256i) -> u32 {
+            let max = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            let max = _mm_max_epu32(max, _mm_shuffle_epi32::<0b00_00_11_10>(max));
+            let max = _mm_max_epu32(max, _mm_shuffle_epi32::<0b00_00_00_01>(max));
+            _mm_cvtsi128_si32(max) as u32
+        }
+        fn load_i(from: *const i32) -> __m256i {
+            _mm256_loadu_si256(from.cast())
+        }
+        fn store_i(a: __m256i, to: *mut i32) {
+            _mm256_storeu_si256(to.cast(), a);
+        }
+        fn round(a: __m256) -> __m256i {
+            _mm256_cvtps_epi32(a)
         }
         fn to_float(a: __m256i) -> __m256 {
             _mm256_cvtepi32_ps(a)
@@ -147,6 +192,9 @@ unsafe impl Lanes for Avx2 {
         }
         fn encode_unsigned(x: [__m256; 4], values: [__m256; 4], to: *mut u8) {
             levels::encode_unsigned(x, values, to);
+        }
+        fn store_codes(codes: [__m256i; 4], to: *mut u8) {
+            levels::store(levels::bytes(codes), to);
         }
         fn load_codes(from: *const u8) -> __m256i {
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))

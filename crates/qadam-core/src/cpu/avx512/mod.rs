@@ -127,8 +127,50 @@ unsafe impl<const VBMI: bool> Lanes for Avx512<VBMI> {
         fn splat_i(x: i32) -> __m512i {
             _mm512_set1_epi32(x)
         }
+        fn add_i(a: __m512i, b: __m512i) -> __m512i {
+            _mm512_add_epi32(a, b)
+        }
+        fn sub_i(a: __m512i, b: __m512i) -> __m512i {
+            _mm512_sub_epi32(a, b)
+        }
+        fn mul_i(a: __m512i, b: __m512i) -> __m512i {
+            _mm512_mullo_epi32(a, b)
+        }
+        fn and_i(a: __m512i, b: __m512i) -> __m512i {
+            _mm512_and_si512(a, b)
+        }
+        fn or_i(a: __m512i, b: __m512i) -> __m512i {
+            _mm512_or_si512(a, b)
+        }
+        fn xor_i(a: __m512i, b: __m512i) -> __m512i {
+            _mm512_xor_si512(a, b)
+        }
+        fn left<const BY: u32>(a: __m512i) -> __m512i {
+            _mm512_slli_epi32::<BY>(a)
+        }
+        fn right<const BY: u32>(a: __m512i) -> __m512i {
+            _mm512_srli_epi32::<BY>(a)
+        }
         fn max_i(a: __m512i, b: __m512i) -> __m512i {
             _mm512_max_epi32(a, b)
+        }
+        fn min_i(a: __m512i, b: __m512i) -> __m512i {
+            _mm512_min_epi32(a, b)
+        }
+        fn max_u(a: __m512i, b: __m512i) -> __m512i {
+            _mm512_max_epu32(a, b)
+        }
+        fn reduce_max_u(a: __m512i) -> u32 {
+            _mm512_reduce_max_epu32(a)
+        }
+        fn load_i(from: *const i32) -> __m512i {
+            _mm512_loadu_si512(from.cast())
+        }
+        fn store_i(a: __m512i, to: *mut i32) {
+            _mm512_storeu_si512(to.cast(), a);
+        }
+        fn round(a: __m512) -> __m512i {
+            _mm512_cvtps_epi32(a)
         }
         fn to_float(a: __m512i) -> __m512 {
             _mm512_cvtepi32_ps(a)
@@ -178,6 +220,10 @@ unsafe impl<const VBMI: bool> Lanes for Avx512<VBMI> {
         }
         fn encode_unsigned(x: [__m512; 4], values: [__m512; 4], to: *mut u8) {
             octaves::encode_unsigned(x, values, to);
+        }
+        fn store_codes([a, b, c, d]: [__m512i; 4], to: *mut u8) {
+            let (low, high) = (_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+            _mm512_storeu_si512(to.cast(), octaves::in_order(_mm512_packus_epi16(low, high)));
         }
         fn load_codes(from: *const u8) -> __m512i {
             _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))

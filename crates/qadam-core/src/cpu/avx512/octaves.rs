@@ -145,7 +145,7 @@ unsafe fn lookup(table: *const f32, index: __m512i) -> __m512 {
 
 /// Bytes that go through four vectors by turns, four elements at a time, vector by vector.
 #[inline(always)]
-unsafe fn in_order(bytes: __m512i) -> __m512i {
+pub(super) unsafe fn in_order(bytes: __m512i) -> __m512i {
     // SAFETY: the caller enables the instruction sets.
     unsafe {
         let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);

@@ -1,12 +1,14 @@
 //! What a step would do, measured: the kernels of [`measure`](crate::cpu::measure).
 
+use super::dynamic8::Coder8;
 use super::lanes::{Lanes, VectorFloat};
 use super::moments8::{Tail, three};
 use super::padded::Padded;
-use super::pass::{Pass, Passed, Sink};
+use super::pass::{Coder, Pass, Passed, Sink};
+use super::ratio8::CoderR;
 use super::update::{Elements, Splat, direction, update};
-use crate::codec::BLOCK;
-use crate::cpu::measure::Gauge;
+use crate::codec::{BLOCK, Code};
+use crate::cpu::measure::{Gauge, Reach};
 use crate::norm::LANES;
 use crate::rule::Coefficients;
 use crate::tensor::{Moments8, Moments32, RawCoded};
@@ -185,39 +187,63 @@ unsafe fn gauge_all8<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bo
                 }
                 None => (param, grad, three(moments)),
             };
-            gauge_block8::<L, P, G, AMSGRAD>(p, g, of, len, &c, gauge);
+            match moments.code {
+                Code::Dynamic => {
+                    let pass =
+                        gauge_block8::<L, Coder8<L>, P, G, AMSGRAD>(p, g, of, None, len, &c, gauge);
+                    let largest = pass.coder.largest();
+                    gauge.reach = gauge.reach.join(Reach { largest, ..Reach::default() });
+                }
+                Code::Ratio => {
+                    let mut values = [[0.0; BLOCK]; 3];
+                    let to = (!moments.block_wise).then_some(&mut values);
+                    gauge_block8::<L, CoderR<L>, P, G, AMSGRAD>(p, g, of, to, len, &c, gauge);
+                    if !moments.block_wise {
+                        let [m, v, max_v] = values.each_ref().map(|values| &values[..len]);
+                        gauge.extend(Code::Ratio, [m, v, if AMSGRAD { max_v } else { &[] }]);
+                    }
+                }
+            }
         }
     }
 }
 
+/// Gauges a block but for how far its moments reach, which `values` get.
+///
 /// # Safety
-/// The pointers are valid for a block and a scale each; the caller enables the instruction set.
+/// The pointers are valid for a block and its scales; the caller enables the instruction set.
 #[inline(always)]
-unsafe fn gauge_block8<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
+unsafe fn gauge_block8<
+    L: Lanes,
+    C: Coder<L>,
+    P: VectorFloat,
+    G: VectorFloat,
+    const AMSGRAD: bool,
+>(
     p: *const P,
     g: *const G,
     moments: [RawCoded; 3],
+    values: Option<&mut [[f32; BLOCK]; 3]>,
     len: usize,
     c: &Splat<L>,
     gauge: &mut Gauge,
-) {
-    let mut measures = Measures { squares: Squares::new(), c };
+) -> Pass<L, C> {
+    let mut measures = Measures { squares: Squares::new(), values, c };
     // SAFETY: this function's contract.
-    unsafe {
-        let pass = Pass::over::<P, G, _, AMSGRAD>(p, g, moments, len, c, &mut measures);
-        gauge.keeps |= pass.kept > 0;
-        for (largest, range) in gauge.largest.iter_mut().zip([pass.m, pass.v, pass.max_v]) {
-            *largest = largest.max(L::reduce_max(range.max));
-        }
-    }
+    let pass =
+        unsafe { Pass::<L, C>::over::<P, G, _, AMSGRAD>(p, g, moments, len, c, &mut measures) };
+    gauge.keeps |= pass.kept > 0;
     if c.is_limited {
         measures.squares.enter(len, gauge);
     }
+    pass
 }
 
-/// Takes note of parameters and updates where the updates are limited.
+/// Takes note of parameters and updates where the updates are limited, and of moments where these are
+/// asked for.
 struct Measures<'a, L: Lanes> {
     squares: Squares<BLOCK>,
+    values: Option<&'a mut [[f32; BLOCK]; 3]>,
     c: &'a Splat<L>,
 }
 
@@ -225,6 +251,12 @@ struct Measures<'a, L: Lanes> {
 unsafe impl<L: Lanes> Sink<L> for Measures<'_, L> {
     #[inline(always)]
     unsafe fn take<const AMSGRAD: bool>(&mut self, at: usize, old_p: L::F, passed: Passed<L>) {
+        if let Some(values) = &mut self.values {
+            for (values, stored) in values.iter_mut().zip(passed.stored) {
+                // SAFETY: there is room for a block.
+                unsafe { L::store(stored, values.as_mut_ptr().add(at)) };
+            }
+        }
         if self.c.is_limited {
             let Passed { new, moved, .. } = passed;
             // SAFETY: the trait's contract.

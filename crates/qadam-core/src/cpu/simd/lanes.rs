@@ -84,7 +84,26 @@ pub(in crate::cpu) unsafe trait Lanes: Copy {
     unsafe fn count(mask: Self::M) -> usize;
 
     unsafe fn splat_i(x: i32) -> Self::I;
+    unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn sub_i(a: Self::I, b: Self::I) -> Self::I;
+    /// The lower half of the product.
+    unsafe fn mul_i(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn and_i(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn or_i(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn xor_i(a: Self::I, b: Self::I) -> Self::I;
+    /// Shifted by `BY` bits to the left, and to the right as unsigned numbers.
+    unsafe fn left<const BY: u32>(a: Self::I) -> Self::I;
+    unsafe fn right<const BY: u32>(a: Self::I) -> Self::I;
     unsafe fn max_i(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn min_i(a: Self::I, b: Self::I) -> Self::I;
+    /// Of unsigned numbers.
+    unsafe fn max_u(a: Self::I, b: Self::I) -> Self::I;
+    /// The largest lane, as unsigned numbers.
+    unsafe fn reduce_max_u(a: Self::I) -> u32;
+    unsafe fn load_i(from: *const i32) -> Self::I;
+    unsafe fn store_i(a: Self::I, to: *mut i32);
+    /// To the nearest integer, of two the even one.
+    unsafe fn round(a: Self::F) -> Self::I;
     /// The larger of each two of `2 N` words, without the upper bits of those loaded.
     unsafe fn max_words(a: Self::I, from: *const u16) -> Self::I;
     unsafe fn store_words(a: Self::I, to: *mut u16);
@@ -104,6 +123,8 @@ pub(in crate::cpu) unsafe trait Lanes: Copy {
     unsafe fn lookup(table: &'static [f32; 16], index: Self::I) -> Self::F;
     /// `N` bytes, widened.
     unsafe fn load_codes(from: *const u8) -> Self::I;
+    /// `4 N` numbers from 0 to 255 as bytes.
+    unsafe fn store_codes(codes: [Self::I; 4], to: *mut u8);
 
     /// [`decode`](crate::codec::dynamic::decode) of `4 N` signed codes.
     #[inline(always)]
@@ -127,10 +148,14 @@ pub(in crate::cpu) unsafe trait Lanes: Copy {
 
 /// Writes the methods of a [`Lanes`] implementation.
 macro_rules! lanes {
-    ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? $body:block)*) => {
+    ($(
+        $(#[$doc:meta])*
+        fn $name:ident $(<const $by:ident: u32>)? ($($arg:tt: $type:ty),*) $(-> $out:ty)?
+            $body:block
+    )*) => {
         $($(#[$doc])*
         #[inline(always)]
-        unsafe fn $name($($arg: $type),*) $(-> $out)? {
+        unsafe fn $name $(<const $by: u32>)? ($($arg: $type),*) $(-> $out)? {
             // SAFETY: the contract of `Lanes`: the instruction set is there, pointers are valid.
             unsafe { $body }
         })*

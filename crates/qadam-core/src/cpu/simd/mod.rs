@@ -6,13 +6,15 @@
 //! what the `unsafe` asks for.
 //!
 //! * [`lanes`] is what an instruction set supplies;
-//! * [`update`] is the rule, [`dynamic`] the 8-bit code;
-//! * [`moments32`] and [`moments8`] are the step at either width; [`pass`] is what the latter shares with
-//!   [`gauge`], which measures what a step would do.
+//! * [`update`] is the rule, [`dynamic`] the dynamic code's decoding;
+//! * [`moments32`] and [`moments8`] are the step at either width; the latter goes through blocks, which
+//!   are [`dynamic8`]'s or [`ratio8`]'s; [`pass`] is what these share with [`gauge`], which measures what
+//!   a step would do.
 
 #[cfg(test)]
 mod codes;
 mod dynamic;
+mod dynamic8;
 mod entry;
 mod gauge;
 mod lanes;
@@ -21,6 +23,7 @@ mod moments8;
 mod padded;
 mod pass;
 mod prefetch;
+mod ratio8;
 mod update;
 
 #[cfg(test)]

@@ -1,11 +1,12 @@
 //! The pass over a block of 8-bit moments that works out its new values, and what the scales are to
 //! be.
 
+use std::marker::PhantomData;
+
 use super::lanes::{Lanes, VectorFloat, each_of_4};
 use super::prefetch::prefetch;
 use super::update::{Elements, Splat, are_usual, effective, update, updated, zero_unless_finite};
 use crate::codec::BLOCK;
-use crate::codec::block;
 use crate::tensor::RawCoded;
 
 /// How many elements ahead memory is asked for: two blocks, as measured. One is a little slower, four
@@ -32,59 +33,45 @@ pub(super) struct Passed<L: Lanes> {
     pub moved: L::M,
 }
 
-/// The old scale of a moment of a block, and the largest magnitudes among its new values.
-#[derive(Clone, Copy)]
-pub(super) struct Range<L: Lanes> {
-    scale: L::F,
-    pub max: L::F,
-}
-
-impl<L: Lanes> Range<L> {
-    #[inline(always)]
-    unsafe fn new(scale: f32) -> Self {
-        // SAFETY: the caller enables the instruction set.
-        unsafe { Self { scale: L::splat(scale), max: L::splat(0.0) } }
-    }
-
-    /// Takes note of new values, none of which is NaN.
-    #[inline(always)]
-    unsafe fn extend(&mut self, values: L::F) {
-        // SAFETY: the caller enables the instruction set.
-        unsafe { self.max = L::max_magnitude(self.max, values) };
-    }
-
-    /// Writes the new scale, which with `keep` does not fall, and returns it.
+/// A code's part of the pass: old moments from their codes, and what the new scales must reach.
+///
+/// # Safety
+/// Its methods may be called by callers that enable the instruction set.
+pub(super) unsafe trait Coder<L: Lanes>: Copy {
+    /// Reads the old scales of a block's moments, the third of which is of no account without
+    /// `AMSGRAD`.
     ///
     /// # Safety
-    /// The pointer is valid; the caller enables the instruction set.
-    #[inline(always)]
-    pub(super) unsafe fn renew(&self, scale: *mut f32, keep: bool) -> f32 {
-        // SAFETY: this function's contract.
-        unsafe {
-            let mut max = L::reduce_max(self.max);
-            if keep {
-                max = max.max(block::usable_scale(*scale));
-            }
-            *scale = max;
-            max
-        }
-    }
+    /// They are valid.
+    unsafe fn new<const AMSGRAD: bool>(moments: [RawCoded; 3]) -> Self;
+
+    /// The moments of the four vectors of elements from `at` on.
+    ///
+    /// # Safety
+    /// They are within the block.
+    unsafe fn decode<const AMSGRAD: bool>(
+        &self,
+        moments: [RawCoded; 3],
+        at: usize,
+    ) -> [[L::F; 3]; 4];
+
+    /// Takes note of new moments, all of them finite.
+    unsafe fn extend<const AMSGRAD: bool>(&mut self, stored: [L::F; 3]);
 }
 
 /// What the pass finds.
-pub(super) struct Pass<L: Lanes> {
-    pub m: Range<L>,
-    pub v: Range<L>,
-    pub max_v: Range<L>,
+pub(super) struct Pass<L, C> {
+    pub coder: C,
     /// Whether no gradient needed a second look: then the sink may have been given any NaN.
     pub usual: bool,
     /// How many of the block's gradients are not finite.
     pub nonfinite: usize,
     /// How many of its elements are kept as they are.
     pub kept: usize,
+    lanes: PhantomData<L>,
 }
 
-impl<L: Lanes> Pass<L> {
+impl<L: Lanes, C: Coder<L>> Pass<L, C> {
     /// Passes over a block of `len` elements, padded with zeros to groups of four vectors. `moments`
     /// are the first, the second and, with `AMSGRAD`, the third.
     ///
@@ -103,14 +90,12 @@ impl<L: Lanes> Pass<L> {
         let padded = len.next_multiple_of(4 * L::N);
         // SAFETY: this function's contract; groups start at multiples of `4 N` below `padded`.
         unsafe {
-            let [m, v, max_v] = moments.map(|moment| block::usable_scale(*moment.scale));
             let mut pass = Self {
-                m: Range::new(m),
-                v: Range::new(v),
-                max_v: Range::new(max_v),
+                coder: C::new::<AMSGRAD>(moments),
                 usual: are_usual::<L, P, G>(p, g, padded, c),
                 nonfinite: 0,
                 kept: 0,
+                lanes: PhantomData,
             };
             if pass.usual {
                 if let Some(c) = c.common(true) {
@@ -148,14 +133,12 @@ impl<L: Lanes> Pass<L> {
     ) -> [Elements<L>; 4] {
         // SAFETY: the contract of `over`.
         unsafe {
-            let [m, v, max_v] = moments.map(|moment| moment.code.add(at));
-            let (m, v) = (L::decode_signed(m), L::decode_unsigned(v));
-            let max_v = if AMSGRAD { L::decode_unsigned(max_v) } else { v };
+            let old = self.coder.decode::<AMSGRAD>(moments, at);
             each_of_4!(I => Elements {
                 p: P::load::<L>(p.add(at + I * L::N)),
-                m: L::mul(m[I], self.m.scale),
-                v: L::mul(v[I], self.v.scale),
-                max_v: if AMSGRAD { L::mul(max_v[I], self.max_v.scale) } else { v[I] },
+                m: old[I][0],
+                v: old[I][1],
+                max_v: old[I][2],
             })
         }
     }
@@ -253,11 +236,7 @@ impl<L: Lanes> Pass<L> {
     ) {
         // SAFETY: the contract of `over`.
         unsafe {
-            self.m.extend(passed.stored[0]);
-            self.v.extend(passed.stored[1]);
-            if AMSGRAD {
-                self.max_v.extend(passed.stored[2]);
-            }
+            self.coder.extend::<AMSGRAD>(passed.stored);
             sink.take::<AMSGRAD>(at, old_p, passed);
         }
     }
