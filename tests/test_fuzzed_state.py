@@ -15,6 +15,7 @@ from torch.nn import Parameter
 import qadam
 from qadam import interop, layout
 from qadam import state as qstate
+from qadam.codes import CODES
 from qadam.state import to_bitsandbytes, to_torch
 
 pytestmark = pytest.mark.cpu_only
@@ -323,8 +324,8 @@ def test_a_damaged_state_dict_is_exported_whole_or_not_at_all(case):
 
 
 FORMATS = [
-    qstate.Format(bits, amsgrad, block_wise, history)
-    for bits in (8, 32)
+    qstate.Format(bits, amsgrad, block_wise, history, code)
+    for bits, code in ((8, "dynamic"), (8, "ratio"), (32, "dynamic"))
     for amsgrad in (False, True)
     for block_wise in (True, False)
     for history in (False, True)
@@ -337,13 +338,14 @@ def check_fitted(entry, param, stored):
     looks = {"step": (torch.float32, ())}
     if stored.history:
         looks["gnorm_vec"] = (torch.float32, (100,))
-    count = layout.scale_count(param.shape, stored.block_wise)
+    code = CODES[stored.code]
     for moment in moments:
         if stored.bits == 32:
             looks[moment] = (torch.float32, param.shape)
         else:
             looks[f"{moment}_code"] = (torch.uint8, param.shape)
-            looks[f"{moment}_scale"] = (torch.float32, (count,))
+            count = code.scale_count(moment, param.shape, stored.block_wise)
+            looks[code.scale_key(moment)] = (torch.float32, (count,))
     for key, look in looks.items():
         assert (entry[key].dtype, entry[key].shape) == look, key
         assert entry[key].isfinite().all(), key

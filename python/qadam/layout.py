@@ -1,4 +1,4 @@
-"""A parameter's state as it is written down: its keys, read and checked, and its 8-bit codes.
+"""A parameter's state as it is written down: its keys, read and checked.
 
 docs/state-format.md is the specification. Nothing here knows a parameter or an optimizer.
 """
@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from qadam import _core
+from qadam.codes import BLOCK, DYNAMIC, RATIO, Code, Coded, Order
 
 FORMAT = 1
 """The version of the format, which each parameter group of a state dict has as FORMAT_KEY."""
 
 FORMAT_KEY = "qadam_format"
-
-BLOCK = 256
-"""Elements that share a scale."""
 
 MOST_STEPS = 2.0**63
 """From here on the core's integers overflow; no training gets there."""
@@ -37,27 +35,28 @@ HISTORY = "gnorm_vec"
 NORMS = torch.Size([100])
 """The shape of the history: that of step t is at t % 100."""
 
-KEYS = {"step", "memory_order", HISTORY} | {
-    name + part for name, _ in (*MOMENTS, AMSGRAD) for part in ("", "_code", "_scale")
-}
+KEYS = {"step", "memory_order", HISTORY}
+KEYS |= {name for name, _ in (*MOMENTS, AMSGRAD)}
+KEYS |= {f"{name}_{part}" for name, _ in (*MOMENTS, AMSGRAD) for part in ("code", "scale", "range")}
 """What an entry may hold that means something to qadam."""
 
 Entry = dict[str, Any]
 """One parameter's state."""
 
-Order = tuple[int, ...]
-"""Dimensions of more than one element, from the outermost to the innermost in memory."""
-
 
 def moments(entry: Entry) -> tuple[tuple[str, bool], ...]:
     """Names of the moments that ``entry`` has, and whether they have a sign."""
-    has_third = any(f"{AMSGRAD[0]}{part}" in entry for part in ("", "_code", "_scale"))
+    parts = ("", "_code", "_scale", "_range")
+    has_third = any(f"{AMSGRAD[0]}{part}" in entry for part in parts)
     return (*MOMENTS, AMSGRAD) if has_third else MOMENTS
 
 
-def is_coded(entry: Entry) -> bool:
-    """Whether ``entry`` has 8-bit codes, or scales that ought to have codes."""
-    return any(f"{name}_{part}" in entry for name, _ in MOMENTS for part in ("code", "scale"))
+def code_of(entry: Entry) -> Code | None:
+    """The code that ``entry`` is in: codes or scales show it, and ranges the ratio code."""
+    if any(f"{name}_range" in entry for name, _ in (*MOMENTS, AMSGRAD)):
+        return RATIO
+    parts = [f"{name}_{part}" for name, _ in MOMENTS for part in ("code", "scale")]
+    return DYNAMIC if any(part in entry for part in parts) else None
 
 
 def is_block_wise(entry: Entry) -> bool:
@@ -69,11 +68,6 @@ def is_block_wise(entry: Entry) -> bool:
     if not isinstance(codes, Tensor) or not isinstance(scales, Tensor):
         return True
     return codes.numel() <= BLOCK or scales.numel() != 1
-
-
-def scale_count(shape: torch.Size, block_wise: bool) -> int:
-    """How many scales a moment of this shape has."""
-    return -(-shape.numel() // BLOCK) if block_wise else min(shape.numel(), 1)
 
 
 def row_major(shape: Sequence[int]) -> Order:
@@ -173,22 +167,31 @@ def read_scales(entry: Entry, key: str, lengths: Sequence[int], where: str) -> T
     return scales
 
 
-def read_coded(entry: Entry, name: str, shape: torch.Size, where: str) -> tuple[Tensor, Tensor]:
-    """Codes and scales of the moment ``name``, on the CPU: a scale a block, or a single one.
+def read_coded(entry: Entry, name: str, shape: torch.Size, where: str) -> Coded:
+    """Codes and scales of the moment ``name``, on the CPU: scales a block, or those for all.
 
     Within an entry all moments must have the one or the other.
     """
+    code = code_of(entry) or DYNAMIC
     codes = read_codes(entry, f"{name}_code", shape, where)
-    key, first = f"{name}_scale", f"{MOMENTS[0][0]}_scale"
-    lengths = [scale_count(shape, block_wise) for block_wise in (True, False)]
+    key, first = code.scale_key(name), f"{MOMENTS[0][0]}_scale"
+    lengths = [code.scale_count(name, shape, block_wise) for block_wise in (True, False)]
     scales = read_scales(entry, key, lengths, where)
     others = get(entry, first, where)
-    if isinstance(others, Tensor) and others.shape != scales.shape:
+    # in the same place among what may be
+    counts = [code.scale_count(MOMENTS[0][0], shape, block_wise) for block_wise in (True, False)]
+    fitting = [o for n, o in zip(lengths, counts, strict=True) if n == len(scales)]
+    if isinstance(others, Tensor) and others.shape not in [torch.Size([n]) for n in fitting]:
         got = f"{key!r} has shape {tuple(scales.shape)}, {first!r} {tuple(others.shape)}"
         accepted = "a scale a block everywhere, or one scale everywhere, is accepted"
         msg = f"{where}: {got}; {accepted}"
         raise ValueError(msg)
-    return codes, scales
+    if name in code.ranged and (scales[::2] > scales[1::2]).any():
+        at = int((scales[::2] > scales[1::2]).nonzero()[0])
+        got = f"{scales[2 * at].item()} to {scales[2 * at + 1].item()}"
+        msg = f"{where}: {key!r} holds {got}; ranges from a low to a high number are accepted"
+        raise ValueError(msg)
+    return Coded(codes, scales)
 
 
 def read_history(entry: Entry, where: str) -> Tensor:
@@ -198,7 +201,7 @@ def read_history(entry: Entry, where: str) -> Tensor:
 
 def shape(entry: Entry, where: str) -> torch.Size:
     """The shape that an entry of any width has: that of its first moment."""
-    key = MOMENTS[0][0] + ("_code" if is_coded(entry) else "")
+    key = MOMENTS[0][0] + ("" if code_of(entry) is None else "_code")
     tensor = get(entry, key, where)
     if not isinstance(tensor, Tensor):
         msg = f"{where}: {key!r} is {_kind(tensor)}; a tensor is accepted"
@@ -206,14 +209,14 @@ def shape(entry: Entry, where: str) -> torch.Size:
     return tensor.shape
 
 
-def values(entry: Entry, name: str, signed: bool, where: str) -> Tensor:
-    """The moment ``name`` of an entry of any width: float32 on the CPU, maybe the entry's own."""
-    of = shape(entry, where)
-    if not is_coded(entry):
-        return read_values(entry, name, of, signed, where)
+def values(entry: Entry, where: str) -> dict[str, Tensor]:
+    """The moments of an entry of any width: float32 on the CPU, maybe the entry's own."""
+    of, code = shape(entry, where), code_of(entry)
+    if code is None:
+        return {n: read_values(entry, n, of, signed, where) for n, signed in moments(entry)}
     order = read_order(entry, of, where)
-    codes, scales = read_coded(entry, name, of, where)
-    return decode(codes, scales, order, signed)
+    coded = {name: read_coded(entry, name, of, where) for name, _ in moments(entry)}
+    return code.decode(coded, order)
 
 
 def check_numbers(values: Tensor, signed: bool, key: str, where: str) -> None:
@@ -309,64 +312,3 @@ def _on_cpu(tensor: Tensor, shapes: Sequence[torch.Size], key: str, where: str) 
         msg = f"{where}: {key!r} is {lack}; a dense tensor that has memory is accepted"
         raise ValueError(msg)
     return tensor.detach().to("cpu").resolve_neg()  # what the core reads holds its values
-
-
-# 8-bit codes.
-
-
-def decode(codes: Tensor, scales: Tensor, order: Order, signed: bool) -> Tensor:
-    """Values of the codes' shape: a scale a block, consecutive in ``order``, or a single one."""
-    ordered = _permuted(codes, order)
-    if len(scales) == 1:
-        scales = scales.expand(scale_count(codes.shape, True))
-    values = torch.empty(ordered.shape, dtype=torch.float32, device="cpu")
-    _core.decode_blocks(ordered.view(-1), scales.contiguous(), values.view(-1), signed)
-    return _permuted_back(values, order)
-
-
-def encode(
-    values: Tensor, order: Order, signed: bool, block_wise: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Codes of the shape of ``values``, and their scales.
-
-    A scale is the largest magnitude of a block, consecutive in ``order``, or of all values.
-    """
-    ordered = _permuted(values, order)
-    codes = torch.empty(ordered.shape, dtype=torch.uint8, device="cpu")
-    count = scale_count(values.shape, block_wise)
-    scales = torch.empty(count, dtype=torch.float32, device="cpu")
-    encode_flat = _core.encode_blocks if block_wise else _core.encode_tensor
-    encode_flat(ordered.view(-1), codes.view(-1), scales, signed)
-    return _permuted_back(codes, order), scales
-
-
-def recode(
-    codes: Tensor, scales: Tensor, old: Order, new: Order, signed: bool, block_wise: bool
-) -> tuple[Tensor, Tensor]:
-    """``codes`` and ``scales`` of the memory order ``old`` in ``new``, maybe the same tensors.
-
-    With a scale a block if ``block_wise``, else with one. Codes stay as they are where no value
-    changes its scale: where neither the order nor the number of scales does, and where there is but
-    one scale, or all are equal.
-    """
-    count = scale_count(codes.shape, block_wise)
-    if (old == new and len(scales) == count) or len(scales) == 0:
-        return codes, scales
-    bits = scales.view(torch.int32)  # a thread that flushes subnormals takes them for equal
-    if (bits == bits[0]).all():
-        return codes, scales[:1].expand(count)
-    return encode(decode(codes, scales, old, signed), new, signed, block_wise)
-
-
-def _permutation(dims: int, order: Order) -> list[int]:
-    """Of all dimensions: those of one element do not matter; they go last."""
-    return [*order, *(d for d in range(dims) if d not in order)]
-
-
-def _permuted(tensor: Tensor, order: Order) -> Tensor:
-    return tensor.permute(_permutation(tensor.dim(), order)).contiguous()
-
-
-def _permuted_back(tensor: Tensor, order: Order) -> Tensor:
-    permutation = _permutation(tensor.dim(), order)
-    return tensor.permute([permutation.index(d) for d in range(tensor.dim())])

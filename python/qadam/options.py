@@ -6,11 +6,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from qadam.codes import CODES
+
 DEFAULTS: dict[str, Any] = {
     "optim_bits": 32,
     "min_8bit_size": 4096,
     "percentile_clipping": 100,
     "block_wise": True,
+    "state_code": "dynamic",
     "max_unorm": 0.0,
     "skip_zeros": False,
 }
@@ -33,6 +36,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         if not isinstance(given[name], int) or given[name] not in (0, 1):
             msg = f"{name} must be True or False, got {given[name]!r}"
             raise ValueError(msg)
+    if given["state_code"] not in CODES:
+        accepted = " or ".join(f'"{name}"' for name in CODES)
+        msg = f"state_code must be {accepted}, got {given['state_code']!r}"
+        raise ValueError(msg)
     limit = given["max_unorm"]
     is_number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
     if not is_number or not 0 <= limit <= sys.float_info.max:

@@ -19,7 +19,7 @@ OPTIONS = frozenset(
     (
         *("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"),
         *("optim_bits", "min_8bit_size", "is_paged"),
-        *("percentile_clipping", "block_wise", "max_unorm", "skip_zeros"),
+        *("percentile_clipping", "block_wise", "state_code", "max_unorm", "skip_zeros"),
     )
 )
 """What can be overridden."""
@@ -35,7 +35,8 @@ class GlobalOptimManager:
 
     Options of hyperparameters (``lr``, ``betas``, ``eps``, ``weight_decay``, ``amsgrad``,
     ``maximize``, ``percentile_clipping``, ``max_unorm``, ``skip_zeros``) count from the next step
-    on. Those of the state (``optim_bits``, ``min_8bit_size``, ``block_wise``, ``is_paged``) count
+    on. Those of the state (``optim_bits``, ``min_8bit_size``, ``block_wise``, ``state_code``,
+    ``is_paged``) count
     when state is made: set them before the first step, or load a state dict. An overridden ``lr``
     follows schedulers, and changes by hand: it is multiplied by the group's ``lr`` now, over what
     that was when the group was added (``initial_lr``, where a scheduler says so).

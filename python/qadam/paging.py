@@ -34,7 +34,12 @@ def allocate(wanted: Sequence[tuple[Tensor, Format]]) -> list[Pages | None]:
             devices[param.device].append(position)
     for positions in devices.values():
         sizes = [
-            (param.numel(), stored.bits, stored.amsgrad, stored.block_wise)
+            (
+                param.numel(),
+                stored.code if stored.bits == 8 else None,
+                stored.amsgrad,
+                stored.block_wise,
+            )
             for param, stored in map(wanted.__getitem__, positions)
         ]
         made = _core.page_state(wanted[positions[0]][0], sizes)
@@ -67,7 +72,8 @@ def memory(entries: Iterable[Entry], device_work: int, host_work: int) -> Memory
         for key, value in entry.items():
             if isinstance(value, Tensor) and layout.lacks(value) is None:
                 tier, arena = _core.memory_tier(value)
-                taken[tier]["scales" if str(key).endswith("_scale") else "state"] += value.nbytes
+                is_scale = str(key).endswith(("_scale", "_range"))
+                taken[tier]["scales" if is_scale else "state"] += value.nbytes
                 if arena is not None:
                     arenas[arena[0]] = (tier, arena[1])
     for tier in ("managed", "mapped"):  # what the arenas have besides

@@ -4,9 +4,10 @@
 (float32).
 
 8 bits: ``exp_avg_code`` and ``exp_avg_sq_code`` (uint8, the parameter's shape), ``exp_avg_scale``
-and ``exp_avg_sq_scale`` (float32, one for each block of 256 elements, or with ``block_wise=False``
-one for all), and ``memory_order`` (int64, on the CPU), the dimensions of more than one element from
-the outermost to the innermost in memory: blocks are consecutive in that order. It is written down
+(float32, one for each block of 256 elements, or with ``block_wise=False`` one for all),
+``exp_avg_sq_scale`` likewise in the dynamic code, or in the ratio code ``exp_avg_sq_range``, twice
+as many, and ``memory_order`` (int64, on the CPU), the dimensions of more than one element from the
+outermost to the innermost in memory: blocks are consecutive in that order. It is written down
 because strides do not survive every serializer.
 
 With AMSGrad there is a third moment, ``max_exp_avg_sq``, stored as the second is.
@@ -27,8 +28,9 @@ import torch
 from torch import Tensor
 
 from qadam import _core, layout
+from qadam.codes import CODES, DYNAMIC, LARGEST, SECOND, Code, Coded, Order
 from qadam.interop import to_bitsandbytes, to_torch
-from qadam.layout import AMSGRAD, HISTORY, KEYS, MOMENTS, NORMS, Entry, Order
+from qadam.layout import AMSGRAD, HISTORY, KEYS, MOMENTS, NORMS, Entry
 
 __all__ = [
     "MOMENTS",
@@ -59,6 +61,8 @@ class Format(NamedTuple):
     """Whether 8-bit codes have a scale a block, rather than one for the whole tensor."""
     history: bool = False
     """Whether there are the norms of the last gradients, for percentile clipping."""
+    code: str = DYNAMIC.name
+    """The name of the 8-bit code; of no account at 32 bits, where it is this."""
 
     @property
     def moments(self) -> tuple[tuple[str, bool], ...]:
@@ -80,8 +84,8 @@ def zeros(param: Tensor, stored: Format, pages: Pages | None = None) -> Entry:
         entry["memory_order"] = order
     if stored.history:
         entry[HISTORY] = _no_norms(param)
-    for name, signed in stored.moments:
-        entry |= _zero(param, name, signed, stored, pages)
+    for name, _ in stored.moments:
+        entry |= _zero(param, name, stored, pages)
     return entry
 
 
@@ -90,14 +94,14 @@ def _no_norms(param: Tensor) -> Tensor:
     return torch.zeros(NORMS, dtype=torch.float32, device=param.device)
 
 
-def _zero(param: Tensor, name: str, signed: bool, stored: Format, pages: Pages | None) -> Entry:
+def _zero(param: Tensor, name: str, stored: Format, pages: Pages | None) -> Entry:
     """A moment that is 0 everywhere."""
     if stored.bits == 32:
         return {name: _initial(param, name, torch.float32, 0, stored, pages)}
-    code, scale = f"{name}_code", f"{name}_scale"
-    code_of_zero = 127 if signed else 0
+    of = CODES[stored.code]
+    code, scale = f"{name}_code", of.scale_key(name)
     return {
-        code: _initial(param, code, torch.uint8, code_of_zero, stored, pages),
+        code: _initial(param, code, torch.uint8, of.zero(name), stored, pages),
         scale: _initial(param, scale, torch.float32, 0, stored, pages),
     }
 
@@ -120,9 +124,10 @@ def _initial(
 
 def format_of(entry: Entry) -> Format:
     """How ``entry`` is stored. A single block of codes counts as block-wise."""
-    bits = 8 if "exp_avg_code" in entry else 32
+    code = layout.code_of(entry) if "exp_avg_code" in entry else None
     amsgrad = AMSGRAD in layout.moments(entry)
-    return Format(bits, amsgrad, layout.is_block_wise(entry), HISTORY in entry)
+    history, block_wise = HISTORY in entry, layout.is_block_wise(entry)
+    return Format(32 if code is None else 8, amsgrad, block_wise, history, (code or DYNAMIC).name)
 
 
 def fit(
@@ -130,9 +135,10 @@ def fit(
 ) -> Entry:
     """A copy of ``entry`` for ``param``, ``stored`` so and in its memory order.
 
-    The copy is exact wherever width, order and the number of scales are those of ``entry`` already.
-    Codes of a single scale, or of equal ones, stay as they are in any order and whatever the number
-    of scales is to be. AMSGrad's moment begins at 0 where ``entry`` has none, and is left out where
+    The copy is exact wherever width, code, order and the number of scales are those of ``entry``
+    already. Codes of a single scale, or of equal ones, stay as they are in any order and whatever
+    the number of scales is to be. AMSGrad's moment begins at 0 where ``entry`` has none (in the
+    ratio code, whose first moments are relative to it, as the second moment), and is left out where
     it is not wanted; so does and is the history of norms.
 
     Args:
@@ -150,37 +156,56 @@ def fit(
     if not isinstance(entry, dict):
         msg = f"{where}: the state is {type(entry).__name__}; a dict is accepted"
         raise ValueError(msg)
-    is_coded, bits = layout.is_coded(entry), stored.bits
-    old = layout.read_order(entry, param.shape, where) if is_coded else ()
-    new = memory_order(param)
     fitted = layout.rest(entry, KEYS, where)
     fitted["step"] = layout.read_step(entry, where).to(param.device)
-    if bits == 8:
-        fitted["memory_order"] = torch.tensor(new, dtype=torch.int64, device="cpu")
+    if stored.bits == 8:
+        order = torch.tensor(memory_order(param), dtype=torch.int64, device="cpu")
+        fitted["memory_order"] = order
     if stored.history:
         fitted[HISTORY] = _no_norms(param)
         if HISTORY in entry:
             fitted[HISTORY].copy_(layout.read_history(entry, where))
-    for name, signed in stored.moments:
-        if (name, signed) not in layout.moments(entry):
-            fitted |= _zero(param, name, signed, stored, pages)
-            continue
-        if is_coded:
-            codes, scales = layout.read_coded(entry, name, param.shape, where)
-            if bits == 32:
-                values = layout.decode(codes, scales, old, signed)
-            else:
-                codes, scales = layout.recode(codes, scales, old, new, signed, stored.block_wise)
-        else:
-            values = layout.read_values(entry, name, param.shape, signed, where)
-            if bits == 8:
-                codes, scales = layout.encode(values, new, signed, stored.block_wise)
-        if bits == 32:
+    if stored.bits == 8:
+        code = CODES[stored.code]
+        for name, of in _in_code(entry, param, stored, code, where).items():
+            _store(fitted, f"{name}_code", of.codes, param, stored, pages)
+            _store(fitted, code.scale_key(name), of.scales, param, stored, pages)
+    else:
+        for name, values in _values(entry, param, stored, where).items():
             _store(fitted, name, values, param, stored, pages)
-        else:
-            _store(fitted, f"{name}_code", codes, param, stored, pages)
-            _store(fitted, f"{name}_scale", scales, param, stored, pages)
+    for name, _ in stored.moments:
+        if name not in fitted and f"{name}_code" not in fitted:
+            fitted |= _zero(param, name, stored, pages)
     return fitted
+
+
+def _values(entry: Entry, param: Tensor, stored: Format, where: str) -> dict[str, Tensor]:
+    """The moments that are wanted and there."""
+    old = layout.code_of(entry)
+    present = [moment for moment in layout.moments(entry) if moment in stored.moments]
+    if old is None:
+        return {n: layout.read_values(entry, n, param.shape, s, where) for n, s in present}
+    names = [name for name, _ in (present if old.independent else layout.moments(entry))]
+    coded = {name: layout.read_coded(entry, name, param.shape, where) for name in names}
+    values = old.decode(coded, layout.read_order(entry, param.shape, where))
+    return {name: values[name] for name, _ in present}
+
+
+def _in_code(
+    entry: Entry, param: Tensor, stored: Format, code: Code, where: str
+) -> dict[str, Coded]:
+    """The moments that are wanted and there in ``code``, and AMSGrad's where others need it."""
+    new, present = memory_order(param), layout.moments(entry)
+    names = [name for name, _ in present if (code.independent or present == stored.moments)]
+    names = [name for name in names if name in dict(stored.moments)]
+    if layout.code_of(entry) is code and names:
+        coded = {name: layout.read_coded(entry, name, param.shape, where) for name in names}
+        old = layout.read_order(entry, param.shape, where)
+        return code.recode(coded, old, new, stored.block_wise)
+    values = _values(entry, param, stored, where)
+    if stored.amsgrad and not code.independent:
+        values.setdefault(LARGEST, values[SECOND])
+    return code.encode(values, new, stored.block_wise)
 
 
 def copy_into(
@@ -216,8 +241,9 @@ def _empty(
 ) -> Tensor:
     """Uninitialised: scales as a vector, anything else without gaps in the parameter's order."""
     device = param.device if pages is None else "meta"
-    if name.endswith("_scale"):
-        count = layout.scale_count(param.shape, stored.block_wise)
+    moment, _, part = name.rpartition("_")
+    if part in ("scale", "range"):
+        count = CODES[stored.code].scale_count(moment, param.shape, stored.block_wise)
         tensor = torch.empty(count, dtype=dtype, device=device)
     else:
         tensor = torch.empty_like(

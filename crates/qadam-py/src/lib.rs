@@ -30,7 +30,9 @@ mod _core {
     #[pymodule_export]
     use super::paging::{check_paging, initialise_pages, memory_tier, page_state, settle_pages};
     #[pymodule_export]
-    use super::quantize::{decode_blocks, dynamic_map, encode_blocks, encode_tensor};
+    use super::quantize::{
+        decode_blocks, decode_ratio, dynamic_map, encode_blocks, encode_ratio, encode_tensor,
+    };
     #[pymodule_export]
     use super::software::use_software_device;
     #[pymodule_export]

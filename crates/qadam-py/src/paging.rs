@@ -6,6 +6,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use qadam_core::StateFormat;
+use qadam_core::codec::Code;
 use qadam_core::paging::{Extents, managed, mapped};
 
 use crate::dlpack;
@@ -80,21 +81,24 @@ pub fn check_paging(like: &Bound<'_, PyAny>) -> PyResult<()> {
     checked.map_err(|error| to_python(&error))
 }
 
-/// Paged memory for the state of parameters on `like`'s device: for each length in elements, width in
-/// bits, whether there is AMSGrad's moment and whether 8-bit codes have a scale a block, uint8 vectors
-/// under the names of its buffers. In a file they are zero, in managed memory arbitrary.
+/// Paged memory for the state of parameters on `like`'s device: for each length in elements, name of the
+/// 8-bit code (None at 32 bits), whether there is AMSGrad's moment and whether codes have a scale a
+/// block, uint8 vectors under the names of its buffers. In a file they are zero, in managed memory arbitrary.
 #[pyfunction]
 pub fn page_state<'py>(
     py: Python<'py>,
     like: &Bound<'py, PyAny>,
-    params: Vec<(usize, u32, bool, bool)>,
+    params: Vec<(usize, Option<String>, bool, bool)>,
 ) -> PyResult<Vec<Bound<'py, PyDict>>> {
     let device = device_of(like)?;
-    let with_format = |(len, bits, amsgrad, block_wise)| {
-        let code = if bits == 8 { StateFormat::DYNAMIC8 } else { StateFormat::F32 };
-        (code.with_amsgrad(amsgrad).with_block_wise(block_wise), len)
+    let with_format = |(len, code, amsgrad, block_wise): (_, Option<String>, _, _)| {
+        let format = match code {
+            None => StateFormat::F32,
+            Some(name) => StateFormat::coded(code_of(&name)?),
+        };
+        Ok((format.with_amsgrad(amsgrad).with_block_wise(block_wise), len))
     };
-    let params: Vec<_> = params.into_iter().map(with_format).collect();
+    let params = params.into_iter().map(with_format).collect::<PyResult<Vec<_>>>()?;
     let arena = py.detach(|| Arena::new(device, &params)).map_err(|error| to_python(&error))?;
     let mut made = Vec::with_capacity(params.len());
     for (&(format, len), buffers) in params.iter().zip(arena.extents().buffers()) {
@@ -113,6 +117,14 @@ pub fn page_state<'py>(
         made.push(tensors);
     }
     Ok(made)
+}
+
+/// The code of this name.
+fn code_of(name: &str) -> PyResult<Code> {
+    Code::ALL.into_iter().find(|code| code.name() == name).ok_or_else(|| {
+        let accepted = Code::ALL.map(Code::name).join(" or ");
+        PyValueError::new_err(format!("the code must be {accepted}, got {name:?}"))
+    })
 }
 
 /// Sets every byte of `pages`, fresh from [`page_state`], to `value`.

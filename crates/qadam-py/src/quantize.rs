@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 use pyo3::{PyErr, intern};
 use qadam_core::codec::block::{self, BLOCK};
 use qadam_core::codec::dynamic::{self, Sign};
+use qadam_core::codec::{Code, Moment, Scale, Scales, ratio};
 
 use crate::tensor::{is_freed, is_negated};
 
@@ -167,6 +168,147 @@ pub fn decode_blocks(
             sign(signed),
             slice_mut(values, n),
         );
+    }
+    Ok(())
+}
+
+/// Addresses and lengths of vectors of two or three moments, as long as `len` says of each.
+fn moments(
+    name: &str,
+    tensors: &[Bound<'_, PyAny>],
+    dtype: &str,
+    len: impl Fn(Moment) -> Option<usize>,
+) -> PyResult<Vec<(usize, usize)>> {
+    if !(2..=3).contains(&tensors.len()) {
+        let text = format!("{name} has {} tensors; those of 2 or 3 moments are", tensors.len());
+        return Err(PyValueError::new_err(format!("{text} accepted")));
+    }
+    let each = tensors.iter().zip(Moment::ALL);
+    each.map(|(tensor, moment)| vector(name, tensor, dtype, len(moment))).collect()
+}
+
+/// Raises `ValueError` where one of these shares memory with an earlier one, unless both are `read`.
+fn all_apart(vectors: &[(usize, usize)], read: usize) -> PyResult<()> {
+    for (i, &(a, a_bytes)) in vectors.iter().enumerate().skip(read) {
+        for &(b, b_bytes) in &vectors[..i] {
+            apart(a, a_bytes, b, b_bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// The tensors of a call, checked.
+struct RatioTensors {
+    values: Vec<(usize, usize)>,
+    codes: Vec<(usize, usize)>,
+    scales: Vec<(usize, usize)>,
+}
+
+impl RatioTensors {
+    fn new(
+        values: &[Bound<'_, PyAny>],
+        codes: &[Bound<'_, PyAny>],
+        scales: &[Bound<'_, PyAny>],
+        block_wise: bool,
+        reads_values: bool,
+    ) -> PyResult<Self> {
+        if values.len() != codes.len() || values.len() != scales.len() {
+            let (v, c, s) = (values.len(), codes.len(), scales.len());
+            let text = format!("values, codes and scales are of {v}, {c} and {s} moments");
+            return Err(PyValueError::new_err(format!("{text}; as many of each are accepted")));
+        }
+        let first = values.first().map(|first| vector("values", first, "float32", None));
+        let n = first.transpose()?.map_or(0, |(_, n)| n);
+        let blocks = if block_wise { n.div_ceil(BLOCK) } else { n.min(1) };
+        let tensors = Self {
+            values: moments("values", values, "float32", |_| Some(n))?,
+            codes: moments("codes", codes, "uint8", |_| Some(n))?,
+            scales: moments("scales", scales, "float32", |moment| {
+                Some(blocks * Code::Ratio.scales(moment))
+            })?,
+        };
+        let of = [(&tensors.values, 4), (&tensors.codes, 1), (&tensors.scales, 4)];
+        let bytes = |(vectors, size): (&Vec<(usize, usize)>, usize)| {
+            vectors.iter().map(|&(at, len)| (at, len * size)).collect::<Vec<_>>()
+        };
+        let all: Vec<_> = of.into_iter().flat_map(bytes).collect();
+        all_apart(&all, if reads_values { values.len() } else { 0 })?;
+        Ok(tensors)
+    }
+
+    /// Where scale `index` of each moment is, and how many floats.
+    fn scale(&self, index: usize) -> impl Iterator<Item = (usize, usize)> {
+        self.scales.iter().zip(Moment::ALL).map(move |(&(at, _), moment)| {
+            let width = Code::Ratio.scales(moment);
+            (at + 4 * index * width, width)
+        })
+    }
+}
+
+/// Encodes `values`, the moments of the same elements (float32, n each: first, second and, with
+/// AMSGrad, third), in the ratio code: into `codes` (uint8, n each) and `scales` (float32, for each 256
+/// elements or, unless `block_wise`, for all: one of the first moment, two of each other). Roots take
+/// the nearest code.
+#[pyfunction]
+#[expect(clippy::needless_pass_by_value, reason = "as PyO3 hands lists over")]
+pub fn encode_ratio(
+    values: Vec<Bound<'_, PyAny>>,
+    codes: Vec<Bound<'_, PyAny>>,
+    scales: Vec<Bound<'_, PyAny>>,
+    block_wise: bool,
+) -> PyResult<()> {
+    let of = RatioTensors::new(&values, &codes, &scales, block_wise, true)?;
+    let mut index = 0;
+    let mut write = |found: Scales| {
+        for ((at, width), scale) in of.scale(index).zip(found) {
+            // SAFETY: within a vector of scales, apart from all others; the GIL is held.
+            scale.write(unsafe { slice_mut(at, width) });
+        }
+        index += 1;
+    };
+    // SAFETY: `RatioTensors` checked types and lengths, and that the tensors do not overlap; the GIL is
+    // held.
+    unsafe {
+        let v = |i: usize| of.values.get(i).map_or(&[][..], |&(at, n)| slice(at, n));
+        let c = |i: usize| of.codes.get(i).map_or(&mut [][..], |&(at, n)| slice_mut(at, n));
+        let (values, codes) = ([v(0), v(1), v(2)], [c(0), c(1), c(2)]);
+        if block_wise {
+            ratio::encode_blocks(values, codes, write);
+        } else if !values[0].is_empty() {
+            write(ratio::encode(values, codes));
+        }
+    }
+    Ok(())
+}
+
+/// Decodes `codes` (uint8, n each) in the ratio code with `scales` for each 256 elements into `values`
+/// (float32, n each): the other way round of [`encode_ratio`].
+#[pyfunction]
+#[expect(clippy::needless_pass_by_value, reason = "as PyO3 hands lists over")]
+pub fn decode_ratio(
+    codes: Vec<Bound<'_, PyAny>>,
+    scales: Vec<Bound<'_, PyAny>>,
+    values: Vec<Bound<'_, PyAny>>,
+) -> PyResult<()> {
+    let of = RatioTensors::new(&values, &codes, &scales, true, false)?;
+    let n = of.values[0].1;
+    for (index, start) in (0..n).step_by(BLOCK).enumerate() {
+        let len = BLOCK.min(n - start);
+        let mut found = Scales::default();
+        // SAFETY: as in `encode_ratio`; elements `start..start + len` are within the vectors.
+        unsafe {
+            for ((at, width), scale) in of.scale(index).zip(&mut found) {
+                *scale = Scale::read(slice(at, width));
+            }
+            let c = |i: usize| of.codes.get(i).map_or(&[][..], |&(at, _)| slice(at + start, len));
+            let decoded = ratio::decode_block([c(0), c(1), c(2)], &found);
+            for (moment, &(at, _)) in of.values.iter().enumerate() {
+                let to: &mut [f32] = slice_mut(at + 4 * start, len);
+                for (to, element) in to.iter_mut().zip(&decoded) {
+                    *to = element[moment];
+                }
+            }
+        }
     }
     Ok(())
 }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qadam.interop import bitsandbytes, torch_optim
-from qadam.layout import FORMAT, FORMAT_KEY, Entry, check_group, is_coded, show
+from qadam.layout import FORMAT, FORMAT_KEY, Entry, check_group, code_of, show
 
 Group = dict[str, Any]
 
@@ -125,7 +125,7 @@ def _is_state(entry: object) -> bool:
     """Whether this looks like a parameter's moments, which must not get lost."""
     if not isinstance(entry, dict):
         return False
-    return bitsandbytes.wrote_entry(entry) or "exp_avg" in entry or is_coded(entry)
+    return bitsandbytes.wrote_entry(entry) or "exp_avg" in entry or code_of(entry) is not None
 
 
 def read_entry(entry: Any, shape: torch.Size | None, where: str) -> Entry:  # noqa: ANN401
@@ -170,8 +170,8 @@ def to_bitsandbytes(
         state_dict: what any optimizer of qadam returned, or anything else that these load. It is
             not changed, and the result shares no memory with it.
         optim_bits: 32 or 8; None leaves each parameter's state as wide as it is. State that is 8
-            bits wide already is taken over code for code where it is in row-major order or has one
-            scale, which is repeated for each block.
+            bits wide already, in the dynamic code, is taken over code for code where it is in
+            row-major order or has one scale, which is repeated for each block.
         min_8bit_size: with ``optim_bits=8``, a parameter of fewer elements gets 32 bits.
 
     Raises:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from qadam import _core, layout
+from qadam.codes import BLOCK, DYNAMIC, Coded, blocks
 from qadam.interop import torch_optim
-from qadam.layout import BLOCK, HISTORY, KEYS, MOMENTS, Entry
+from qadam.layout import HISTORY, KEYS, MOMENTS, Entry
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 """Where newer versions put all of an entry but ``step`` when they save."""
@@ -130,7 +131,7 @@ def _read_codes(
     """Codes, scales for blocks of 256 or for all, and what the codes mean if not qadam's map."""
     codes = layout.read_codes(flat, f"state{i}", shape, where)
     _check_order(flat, f"state{i}", where)
-    count = layout.scale_count(shape, block_wise)
+    count = blocks(shape, block_wise)
     if _has_one_scale(flat, i):
         scales = layout.read_scales(flat, f"max{i}", [1], where)
         repeats = count
@@ -167,9 +168,11 @@ def _check_order(flat: Entry, key: str, where: str) -> None:
 
 def _decode(codes: Tensor, scales: Tensor, meaning: Tensor | None, signed: bool) -> Tensor:
     if meaning is None:
-        return layout.decode(codes, scales, layout.row_major(codes.shape), signed)
+        name = MOMENTS[0][0] if signed else MOMENTS[1][0]
+        coded = {name: Coded(codes, scales)}
+        return DYNAMIC.decode(coded, layout.row_major(codes.shape))[name]
     numbers = meaning.index_select(0, codes.reshape(-1).int())
-    block = BLOCK if len(scales) == layout.scale_count(codes.shape, True) else len(numbers)
+    block = BLOCK if len(scales) == blocks(codes.shape, True) else len(numbers)
     numbers *= scales.repeat_interleave(block)[: len(numbers)]
     return numbers.reshape(codes.shape)
 
@@ -187,7 +190,8 @@ def write(entry: Entry, bits: int | None, min_8bit_size: int, where: str) -> Ent
         raise ValueError(msg)
     shape = layout.shape(entry, where)
     order = layout.row_major(shape)
-    narrow = layout.is_coded(entry)
+    code = layout.code_of(entry)
+    narrow = code is not None
     if bits is not None:
         narrow = bits == 8 and shape.numel() >= min_8bit_size
     written = layout.rest(entry, KEYS, where)
@@ -196,18 +200,19 @@ def write(entry: Entry, bits: int | None, min_8bit_size: int, where: str) -> Ent
         written[HISTORY] = layout.read_history(entry, where).clone(
             memory_format=torch.contiguous_format
         )
+    if not narrow:
+        values = layout.values(entry, where)
+        for i, (name, _) in NUMBERED.items():
+            written[f"state{i}"] = values[name].clone(memory_format=torch.contiguous_format)
+        return written
+    if code is DYNAMIC:
+        coded = {name: layout.read_coded(entry, name, shape, where) for name, _ in MOMENTS}
+        own_order = layout.read_order(entry, shape, where)
+        coded = DYNAMIC.recode(coded, own_order, order, block_wise=True)
+    else:
+        coded = DYNAMIC.encode(layout.values(entry, where), order, block_wise=True)
     for i, (name, signed) in NUMBERED.items():
-        if not narrow:
-            numbers = layout.values(entry, name, signed, where)
-            written[f"state{i}"] = numbers.clone(memory_format=torch.contiguous_format)
-            continue
-        if layout.is_coded(entry):
-            own_order = layout.read_order(entry, shape, where)
-            codes, scales = layout.read_coded(entry, name, shape, where)
-            codes, scales = layout.recode(codes, scales, own_order, order, signed, block_wise=True)
-        else:
-            numbers = layout.values(entry, name, signed, where)
-            codes, scales = layout.encode(numbers, order, signed)
+        codes, scales = coded[name]
         written[f"state{i}"] = codes.clone(memory_format=torch.contiguous_format)
         written[f"qmap{i}"] = _own_map(signed)
         written[f"absmax{i}"] = scales.clone(memory_format=torch.contiguous_format)

@@ -29,8 +29,7 @@ def write(entry: Entry, where: str) -> Entry:
     """
     written = layout.rest(entry, layout.KEYS, where)
     written["step"] = layout.read_step(entry, where)
-    for name, signed in layout.moments(entry):
-        written[name] = layout.values(entry, name, signed, where).clone()
+    written |= {name: values.clone() for name, values in layout.values(entry, where).items()}
     return written
 
 

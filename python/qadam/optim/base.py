@@ -14,6 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from qadam import _core, interop, layout, overrides, paging
 from qadam import state as qstate
+from qadam.codes import DYNAMIC
 from qadam.options import DEFAULTS, check_options
 
 Group = dict[str, Any]
@@ -44,6 +45,7 @@ class QAdam(Optimizer):
         percentile_clipping: int,
         block_wise: bool,
         is_paged: bool,
+        state_code: str,
         nonfinite: str,
         max_grad_norm: float | None,
         maximize: bool,
@@ -53,8 +55,9 @@ class QAdam(Optimizer):
         fused: bool | None,
         decoupled_weight_decay: bool = False,
     ) -> None:
-        own = {"optim_bits": optim_bits, "min_8bit_size": min_8bit_size}
+        own: Group = {"optim_bits": optim_bits, "min_8bit_size": min_8bit_size}
         own |= {"percentile_clipping": percentile_clipping, "block_wise": block_wise}
+        own |= {"state_code": state_code}
         # as bitsandbytes has it: what `args` has replaces the keywords
         own |= {name: getattr(args, name) for name in DEFAULTS if hasattr(args, name)}
         own["optim_bits"] = self._resolve_bits(own["optim_bits"])
@@ -272,9 +275,9 @@ class QAdam(Optimizer):
         for param, options in zip(params, self._options(params), strict=True):
             entry = self.state.get(param)
             stored = self._format_for(param, options)
-            if entry:  # its width stays, and whether it has a scale a block
+            if entry:  # its width and its code stay, and whether it has a scale a block
                 old = qstate.format_of(entry)
-                stored = stored._replace(bits=old.bits, block_wise=old.block_wise)
+                stored = stored._replace(bits=old.bits, block_wise=old.block_wise, code=old.code)
             wanted.append((param, stored, options))
         made = {}
         for (param, stored, _), pages in zip(wanted, self._allocate(wanted), strict=True):
@@ -300,6 +303,7 @@ class QAdam(Optimizer):
             amsgrad=bool(options.get("amsgrad")),
             block_wise=bool(own["block_wise"]) or not is_8bit,
             history=own["percentile_clipping"] < 100,
+            code=own["state_code"] if is_8bit else DYNAMIC.name,
         )
 
     def _allocate(
@@ -439,7 +443,8 @@ class QAdam(Optimizer):
         width = "32-bit"
         if self._own["optim_bits"] == 8:
             least = self._own["min_8bit_size"]
-            width = f"8-bit, 32-bit for tensors of less than {least} elements"
+            code = self._own["state_code"]
+            width = f"8-bit ({code}), 32-bit for tensors of less than {least} elements"
         paged = f", paged for tensors of at least {paging.LEAST} elements" if self._paged else ""
         memory = paging.describe(self.memory())
         options = {**self._own, "max_grad_norm": self.max_grad_norm}

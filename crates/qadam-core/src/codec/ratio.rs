@@ -103,15 +103,14 @@ pub(crate) fn range(least: f32, largest: f32, old: Option<Scale>) -> Scale {
 /// The scale for ratios of at most `largest`; `old` is joined where elements are kept.
 pub(crate) fn scale(largest: f32, old: Option<f32>) -> f32 {
     let largest = largest.max(old.map_or(0.0, usable_ratio));
-    if largest < NEGLIGIBLE { 0.0 } else { largest }
+    if largest < NEGLIGIBLE { 0.0 } else { largest.min(LIMIT) }
 }
 
 /// The values of a range of roots: code 0 is 0, code `top` the upper end, and the bits of the others
 /// are at equal distances.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Grid {
-    /// The bits of the ends.
-    pub low: i32,
+    /// The bits of the upper end.
     pub high: i32,
     /// The last code.
     pub top: i32,
@@ -127,7 +126,7 @@ impl Grid {
         let (low, high) = (range.low.to_bits() as i32, range.high.to_bits() as i32);
         let (span, cells) = ((high - low) as f32, (top - 1) as f32);
         let gain = if high == low { 0.0 } else { cells * 65536.0 / span };
-        Self { low, high, top, step: span * (1.0 / cells), gain }
+        Self { high, top, step: span * (1.0 / cells), gain }
     }
 
     /// The root that a code stands for.
@@ -136,7 +135,7 @@ impl Grid {
             return 0.0;
         }
         let down = ((self.top - code) as f32 * self.step).round_ties_even() as i32;
-        f32::from_bits((self.high - down).max(self.low) as u32)
+        f32::from_bits((self.high - down) as u32)
     }
 
     /// The code for a root, which is rounded up if its distance from the next lower one, in 65,536ths,
@@ -145,7 +144,7 @@ impl Grid {
         if root == 0.0 {
             return 0;
         }
-        let down = (self.high - (root.to_bits() as i32).max(self.low)) as f32 * self.gain;
+        let down = (self.high - root.to_bits() as i32) as f32 * self.gain;
         let down = (down.round_ties_even() as i32 + chance as i32) >> 16;
         self.top - down.min(self.top - 1)
     }
@@ -188,21 +187,15 @@ pub(crate) fn inverse(root: f32) -> f32 {
     if root > 0.0 { 1.0 / root } else { 0.0 }
 }
 
-/// A first moment in units of a root, of which the [`inverse`] is given.
-pub(crate) fn ratio(m: f32, inverse: f32) -> f32 {
-    (m * inverse).min(LIMIT).max(-LIMIT)
-}
-
 /// What all elements of a block have in common: [`noise`]'s first argument.
 pub(crate) const fn key(block: u64) -> u32 {
     mix((block as u32) ^ mix((block >> 32) as u32))
 }
 
-/// A number for element `i` of a block, uniform over all u32.
+/// A number for element `i` of a block, of which the upper bits are uniform.
 pub(crate) const fn noise(key: u32, i: u32) -> u32 {
     let x = key.wrapping_add(i.wrapping_mul(SPREAD));
-    let x = (x ^ (x >> 16)).wrapping_mul(STIR);
-    x ^ (x >> 15)
+    (x ^ (x >> 16)).wrapping_mul(STIR)
 }
 
 /// 2^32 over the golden ratio.
@@ -246,10 +239,7 @@ pub type Codes<'a> = [&'a [u8]; 3];
 
 /// The values that codes stand for: the first, the second and, if there are codes of it, the third
 /// moment of each element.
-///
-/// # Panics
-/// If the codes of the first two moments differ in number, or those of the third if it has any.
-pub fn decode(codes: Codes<'_>, scales: &Scales) -> impl Iterator<Item = [f32; 3]> {
+pub(crate) fn decode(codes: Codes<'_>, scales: &Scales) -> impl Iterator<Item = [f32; 3]> {
     let [first, second, third] = codes;
     assert_eq!(first.len(), second.len(), "two bytes for each element");
     assert!(third.is_empty() || third.len() == first.len(), "three bytes for each element");
@@ -262,6 +252,17 @@ pub fn decode(codes: Codes<'_>, scales: &Scales) -> impl Iterator<Item = [f32; 3
         let m = ratios.decode(ratio_code(first[i])) * third.unwrap_or(root);
         [m, root * root, third.map_or(0.0, |root| root * root)]
     })
+}
+
+/// The values that the codes of a block, or of a tensor with one scale, stand for: the first, the second
+/// and, if there are codes of it, the third moment of each element.
+///
+/// # Panics
+/// If the codes of the first two moments differ in number, or those of the third if it has any.
+#[must_use]
+pub fn decode_block(codes: Codes<'_>, scales: &Scales) -> Vec<[f32; 3]> {
+    let _ieee = Ieee::enter();
+    decode(codes, scales).collect()
 }
 
 /// The moments of some elements as values: first, second and, if there is one, third.
@@ -344,7 +345,7 @@ impl Found<'_> {
                 divisor = largest.decode(code);
             }
             let inverse = inverse(divisor);
-            ratios.push(ratio(if m.is_finite() { m } else { 0.0 }, inverse));
+            ratios.push(if m.is_finite() { m * inverse } else { 0.0 });
             inverses.push(inverse);
         }
         Divided { ratios, inverses, first }

@@ -95,7 +95,8 @@ impl Gauge {
             let roots = if max_v.is_empty() { v } else { max_v };
             let ratio = |(m, root): (&f32, &f32)| {
                 let finite = |x: f32| if x.is_finite() { x } else { 0.0 };
-                ratio::ratio(finite(*m), ratio::inverse(finite(*root).sqrt()))
+                let ratio = finite(*m) * ratio::inverse(finite(*root).sqrt());
+                ratio.clamp(-f32::MAX, f32::MAX)
             };
             let ratios: Vec<f32> = m.iter().zip(roots).map(ratio).collect();
             reach.largest[0] = ends(&ratios).1;
@@ -208,8 +209,10 @@ unsafe fn of_tensor(step: &TensorStep, chunks: &[Found]) -> Measured {
             let keeps = chunks.iter().any(|found| found.keeps);
             // SAFETY: this function's contract; the tensor has an element, so there are scales.
             let old = keeps.then(|| unsafe { moments.scales() });
-            let reach = chunks.iter().fold(Reach::default(), |all, found| all.join(found.reach));
-            Some(ieee::compute(|| reach.scales(moments.code, old)))
+            Some(ieee::compute(|| {
+                let all = chunks.iter().fold(Reach::default(), |all, found| all.join(found.reach));
+                all.scales(moments.code, old)
+            }))
         }
         _ => None,
     };

@@ -67,8 +67,11 @@ impl Slot {
         entry: &Bound<'_, PyDict>,
         wanted: Wanted,
     ) -> PyResult<Self> {
-        let is_coded = entry.contains("exp_avg_code")?;
-        let format = if is_coded { StateFormat::DYNAMIC8 } else { StateFormat::F32 };
+        let format = match (entry.contains("exp_avg_code")?, entry.contains("exp_avg_sq_range")?) {
+            (false, _) => StateFormat::F32,
+            (true, false) => StateFormat::DYNAMIC8,
+            (true, true) => StateFormat::RATIO8,
+        };
         let format = format.with_amsgrad(wanted.amsgrad);
         let format = format.with_block_wise(is_block_wise(entry, format, walk.len())?);
         let (shape, strides) = param.geometry()?;

@@ -152,9 +152,6 @@ unsafe impl Lanes for Avx2 {
         fn load_i(from: *const i32) -> __m256i {
             _mm256_loadu_si256(from.cast())
         }
-        fn store_i(a: __m256i, to: *mut i32) {
-            _mm256_storeu_si256(to.cast(), a);
-        }
         fn round(a: __m256) -> __m256i {
             _mm256_cvtps_epi32(a)
         }
@@ -195,6 +192,22 @@ unsafe impl Lanes for Avx2 {
         }
         fn store_codes(codes: [__m256i; 4], to: *mut u8) {
             levels::store(levels::bytes(codes), to);
+        }
+        fn split_codes([a, b, c, d]: [__m256i; 4], upper: *mut u8, lowest: *mut u8) {
+            let (low, high) = (_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+            let (u, v) = (_mm256_srli_epi16::<1>(low), _mm256_srli_epi16::<1>(high));
+            levels::store(_mm256_packus_epi16(u, v), upper);
+            let one = _mm256_set1_epi16(1);
+            let (u, v) = (_mm256_and_si256(low, one), _mm256_and_si256(high, one));
+            levels::store(_mm256_packus_epi16(u, v), lowest);
+        }
+        fn join_codes([a, b, c, d]: [__m256i; 4], to: *mut u8) {
+            let code = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            let code = _mm256_permutevar8x32_epi32(code, order);
+            let code = _mm256_add_epi8(code, _mm256_set1_epi8(64));
+            let lowest = _mm256_loadu_si256(to.cast());
+            _mm256_storeu_si256(to.cast(), _mm256_or_si256(_mm256_add_epi8(code, code), lowest));
         }
         fn load_codes(from: *const u8) -> __m256i {
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))

@@ -166,9 +166,6 @@ unsafe impl<const VBMI: bool> Lanes for Avx512<VBMI> {
         fn load_i(from: *const i32) -> __m512i {
             _mm512_loadu_si512(from.cast())
         }
-        fn store_i(a: __m512i, to: *mut i32) {
-            _mm512_storeu_si512(to.cast(), a);
-        }
         fn round(a: __m512) -> __m512i {
             _mm512_cvtps_epi32(a)
         }
@@ -224,6 +221,21 @@ unsafe impl<const VBMI: bool> Lanes for Avx512<VBMI> {
         fn store_codes([a, b, c, d]: [__m512i; 4], to: *mut u8) {
             let (low, high) = (_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
             _mm512_storeu_si512(to.cast(), octaves::in_order(_mm512_packus_epi16(low, high)));
+        }
+        fn split_codes([a, b, c, d]: [__m512i; 4], upper: *mut u8, lowest: *mut u8) {
+            let (low, high) = (_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+            let (u, v) = (_mm512_srli_epi16::<1>(low), _mm512_srli_epi16::<1>(high));
+            _mm512_storeu_si512(upper.cast(), octaves::in_order(_mm512_packus_epi16(u, v)));
+            let one = _mm512_set1_epi16(1);
+            let (u, v) = (_mm512_and_si512(low, one), _mm512_and_si512(high, one));
+            _mm512_storeu_si512(lowest.cast(), octaves::in_order(_mm512_packus_epi16(u, v)));
+        }
+        fn join_codes([a, b, c, d]: [__m512i; 4], to: *mut u8) {
+            let (low, high) = (_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+            let code = octaves::in_order(_mm512_packs_epi16(low, high));
+            let code = _mm512_add_epi8(code, _mm512_set1_epi8(64));
+            let lowest = _mm512_loadu_si512(to.cast());
+            _mm512_storeu_si512(to.cast(), _mm512_or_si512(_mm512_add_epi8(code, code), lowest));
         }
         fn load_codes(from: *const u8) -> __m512i {
             _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))

@@ -4,7 +4,7 @@
 use super::lanes::{Lanes, VectorFloat, each_of_4};
 use super::moments8::{BlockStep, Values};
 use super::pass::{Coder, Pass, Passed, Sink};
-use super::update::{Splat, canonical};
+use super::update::{Splat, canonicalize};
 use crate::codec::block::{self, Normalizer};
 use crate::cpu::kernels::Coded8;
 use crate::rule::Coefficients;
@@ -134,7 +134,7 @@ unsafe impl<L: Lanes> BlockStep<L> for Step {
             let pass =
                 Pass::<L, Coder8<L>>::over::<P, G, _, AMSGRAD>(p, g, moments, len, c, &mut stores);
             if pass.usual {
-                stores.canonicalize(len);
+                canonicalize::<L, P>(stores.nan, p, len);
             }
             let [m, v, max_v] = moments;
             let scales = match &coded.told {
@@ -184,27 +184,6 @@ unsafe impl<L: Lanes, P: VectorFloat> Sink<L> for Stores<L, P> {
             L::store(passed.stored[1], self.values[1].add(at));
             if AMSGRAD {
                 L::store(passed.stored[2], self.values[2].add(at));
-            }
-        }
-    }
-}
-
-impl<L: Lanes, P: VectorFloat> Stores<L, P> {
-    /// Makes every NaN among `len` parameters the canonical one.
-    ///
-    /// # Safety
-    /// So many are valid, padded to whole vectors; the caller enables the instruction set.
-    #[inline(always)]
-    unsafe fn canonicalize(&self, len: usize) {
-        // SAFETY: this function's contract.
-        unsafe {
-            // a product of 0 and anything but a number is NaN
-            if L::all(L::at_most(self.nan, L::splat(0.0))) {
-                return;
-            }
-            for at in (0..len).step_by(L::N) {
-                let p = self.p.add(at);
-                P::store::<L>(canonical::<L>(P::load::<L>(p)), p);
             }
         }
     }

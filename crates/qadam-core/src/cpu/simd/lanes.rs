@@ -101,7 +101,6 @@ pub(in crate::cpu) unsafe trait Lanes: Copy {
     /// The largest lane, as unsigned numbers.
     unsafe fn reduce_max_u(a: Self::I) -> u32;
     unsafe fn load_i(from: *const i32) -> Self::I;
-    unsafe fn store_i(a: Self::I, to: *mut i32);
     /// To the nearest integer, of two the even one.
     unsafe fn round(a: Self::F) -> Self::I;
     /// The larger of each two of `2 N` words, without the upper bits of those loaded.
@@ -125,6 +124,11 @@ pub(in crate::cpu) unsafe trait Lanes: Copy {
     unsafe fn load_codes(from: *const u8) -> Self::I;
     /// `4 N` numbers from 0 to 255 as bytes.
     unsafe fn store_codes(codes: [Self::I; 4], to: *mut u8);
+    /// `4 N` numbers from 0 to 511: their upper eight bits to `upper`, the lowest to `lowest`.
+    unsafe fn split_codes(codes: [Self::I; 4], upper: *mut u8, lowest: *mut u8);
+    /// `4 N` numbers from -64 to 63, and 64, in the upper seven bits of bytes whose lowest bits are
+    /// there already.
+    unsafe fn join_codes(codes: [Self::I; 4], to: *mut u8);
 
     /// [`decode`](crate::codec::dynamic::decode) of `4 N` signed codes.
     #[inline(always)]

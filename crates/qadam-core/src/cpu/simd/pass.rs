@@ -30,6 +30,8 @@ pub(super) struct Passed<L: Lanes> {
     pub new: Elements<L>,
     /// The moments as they are to be stored.
     pub stored: [L::F; 3],
+    /// The root of the last of them that there is, which divides.
+    pub root: L::F,
     pub moved: L::M,
 }
 
@@ -98,9 +100,11 @@ impl<L: Lanes, C: Coder<L>> Pass<L, C> {
                 lanes: PhantomData,
             };
             if pass.usual {
-                if let Some(c) = c.common(true) {
+                // AMSGrad is rare, and every copy of the loop takes long to compile
+                let common = |has_shrink| if AMSGRAD { None } else { c.common(has_shrink) };
+                if let Some(c) = common(true) {
                     pass.all_usual::<P, G, S, AMSGRAD>(p, g, moments, padded, &c, sink);
-                } else if let Some(c) = c.common(false) {
+                } else if let Some(c) = common(false) {
                     pass.all_usual::<P, G, S, AMSGRAD>(p, g, moments, padded, &c, sink);
                 } else {
                     pass.all_usual::<P, G, S, AMSGRAD>(p, g, moments, padded, c, sink);
@@ -184,11 +188,11 @@ impl<L: Lanes, C: Coder<L>> Pass<L, C> {
             let moved = L::at_most(L::splat(0.0), L::splat(0.0));
             let g =
                 each_of_4!(I => effective::<L>(old[I].p, G::load::<L>(g.add(at + I * L::N)), c));
-            let new = updated::<L, AMSGRAD, 4>(old, g, c);
+            let (new, root) = updated::<L, AMSGRAD, 4>(old, g, c);
             for i in 0..4 {
                 // usable scales and finite gradients make finite moments
                 let stored = [new[i].m, new[i].v, new[i].max_v];
-                let passed = Passed { new: new[i], stored, moved };
+                let passed = Passed { new: new[i], stored, root: root[i], moved };
                 self.take::<S, AMSGRAD>(at + i * L::N, old[i].p, passed, sink);
             }
         }
@@ -219,7 +223,8 @@ impl<L: Lanes, C: Coder<L>> Pass<L, C> {
                     zero_unless_finite::<L>(new.v),
                     zero_unless_finite::<L>(new.max_v),
                 ];
-                let passed = Passed { new, stored, moved: fate.moved };
+                let root = L::sqrt(stored[2]);
+                let passed = Passed { new, stored, root, moved: fate.moved };
                 self.take::<S, AMSGRAD>(at, old.p, passed, sink);
             }
         }

@@ -8,7 +8,7 @@
 use super::lanes::{Lanes, VectorFloat, each_of_4};
 use super::moments8::{BlockStep, Values};
 use super::pass::{Coder, Pass, Passed, Sink};
-use super::update::{Splat, canonical};
+use super::update::{Splat, canonicalize};
 use crate::codec::ratio::{self, Grid, LARGEST_TOP, LIMIT, MOST, Ratios, SPREAD, STIR, TOP, ZERO};
 use crate::codec::{BLOCK, Scale};
 use crate::cpu::kernels::Coded8;
@@ -19,7 +19,6 @@ use crate::tensor::{Moments8, RawCoded};
 /// [`Grid`] in every lane.
 #[derive(Clone, Copy)]
 struct Roots<L: Lanes> {
-    low: L::I,
     high: L::I,
     top: L::I,
     last: L::I,
@@ -33,7 +32,6 @@ impl<L: Lanes> Roots<L> {
         // SAFETY: the caller enables the instruction set.
         unsafe {
             Self {
-                low: L::splat_i(grid.low),
                 high: L::splat_i(grid.high),
                 top: L::splat_i(grid.top),
                 last: L::splat_i(grid.top - 1),
@@ -49,7 +47,7 @@ impl<L: Lanes> Roots<L> {
         // SAFETY: the caller enables the instruction set.
         unsafe {
             let bits = L::round(L::mul(L::to_float(down), self.step));
-            L::from_bits(L::max_i(L::sub_i(self.high, bits), self.low))
+            L::from_bits(L::sub_i(self.high, bits))
         }
     }
 
@@ -65,19 +63,19 @@ impl<L: Lanes> Roots<L> {
         }
     }
 
-    /// `Grid::encode`, and what the code decodes to.
+    /// `Grid::encode`, and the inverse of what the code decodes to.
     #[inline(always)]
     unsafe fn encode(&self, root: L::F, chance: L::I) -> (L::I, L::F) {
         // SAFETY: the caller enables the instruction set.
         unsafe {
-            let zero = L::splat(0.0);
-            let bits = L::sub_i(self.high, L::max_i(L::bits(root), self.low));
+            let (zero, one) = (L::splat(0.0), L::splat(1.0));
+            let bits = L::sub_i(self.high, L::bits(root));
             let down = L::round(L::mul(L::to_float(bits), self.gain));
             let down = L::min_i(L::right::<16>(L::add_i(down, chance)), self.last);
             let positive = L::less(zero, root);
             let code = L::from_bits(L::sub_i(self.top, down));
             let code = L::bits(L::select(positive, code, zero));
-            (code, L::select(positive, self.below(down), zero))
+            (code, L::select(positive, L::div(one, self.below(down)), zero))
         }
     }
 }
@@ -86,6 +84,8 @@ impl<L: Lanes> Roots<L> {
 #[derive(Clone, Copy)]
 pub(super) struct CoderR<L: Lanes> {
     cell: L::F,
+    /// Of a code of 0.
+    offset: L::F,
     roots: Roots<L>,
     largest: Roots<L>,
     /// Of the second moments and the third: the bits of the negative of the smallest that is positive,
@@ -121,8 +121,10 @@ unsafe impl<L: Lanes> Coder<L> for CoderR<L> {
         unsafe {
             let grid = |moment, top| Grid::new(ratio::usable_range(range_of(moment)), top);
             let roots = Roots::new(grid(v, TOP));
+            let cell = Ratios::new(ratio::usable_ratio(*m.scale)).cell;
             Self {
-                cell: L::splat(Ratios::new(ratio::usable_ratio(*m.scale)).cell),
+                cell: L::splat(cell),
+                offset: L::splat(-(ZERO as f32) * cell),
                 roots,
                 largest: if AMSGRAD { Roots::new(grid(max_v, LARGEST_TOP)) } else { roots },
                 least: [L::splat_i(0); 2],
@@ -152,10 +154,11 @@ unsafe impl<L: Lanes> Coder<L> for CoderR<L> {
                 root
             };
             each_of_4!(I => {
-                let k = L::to_float(L::sub_i(L::right::<1>(first[I]), L::splat_i(ZERO)));
+                // rounded once, as the product of the difference
+                let ratio = L::fma(L::to_float(L::right::<1>(first[I])), self.cell, self.offset);
                 let v = L::mul(root[I], root[I]);
                 let max_v = if AMSGRAD { L::mul(largest[I], largest[I]) } else { v };
-                [L::mul(L::mul(k, self.cell), largest[I]), v, max_v]
+                [L::mul(ratio, largest[I]), v, max_v]
             })
         }
     }
@@ -178,14 +181,13 @@ unsafe impl<L: Lanes> Coder<L> for CoderR<L> {
 /// The step of a block.
 pub(super) struct Step;
 
-/// What a block's passes hand on: parameters, moments, then ratios and the inverses of roots in the
-/// place of the first two, and the lowest bits of the roots' codes.
+/// What a block's passes hand on: parameters, first moments, the roots that divide, and with AMSGrad
+/// second moments; then the inverses of what the roots' codes stand for in the place of roots.
 struct Stage {
     p: *mut f32,
     m: *mut f32,
+    root: *mut f32,
     v: *mut f32,
-    max_v: *mut f32,
-    low: *mut i32,
 }
 
 // SAFETY: the pointers are valid for a block's elements.
@@ -196,9 +198,9 @@ unsafe impl<L: Lanes> Sink<L> for Stage {
         unsafe {
             L::store(passed.new.p, self.p.add(at));
             L::store(passed.stored[0], self.m.add(at));
-            L::store(passed.stored[1], self.v.add(at));
+            L::store(passed.root, self.root.add(at));
             if AMSGRAD {
-                L::store(passed.stored[2], self.max_v.add(at));
+                L::store(passed.stored[1], self.v.add(at));
             }
         }
     }
@@ -215,9 +217,9 @@ unsafe impl<L: Lanes> BlockStep<L> for Step {
         len: usize,
         (splat, c): (&Splat<L>, &Coefficients),
     ) -> usize {
-        let mut values = [const { Values::new() }; 5];
-        let [v0, v1, v2, v3, v4] = values.each_mut().map(Values::pointer);
-        let mut stage = Stage { p: v0, m: v1, v: v2, max_v: v3, low: v4.cast() };
+        let mut values = [const { Values::new() }; 4];
+        let [new, m, root, v] = values.each_mut().map(Values::pointer);
+        let mut stage = Stage { p: new, m, root, v };
         // SAFETY: this function's contract; the stage holds a whole block, of which a pass reads what an
         // earlier one wrote.
         unsafe {
@@ -257,14 +259,21 @@ unsafe impl<L: Lanes> BlockStep<L> for Step {
                     (*third.scale, *third.scale.add(1)) = (scales[2].low, scales[2].high);
                 }
             }
-            carry::<L, P>(&stage, p, first.code, padded, scales[0].high, c);
+            let mut carry = Carry::<L>::new(scales[0].high, c);
+            // new scales are reached by no more than a rounding
+            if coded.told.is_none() && largest < LIMIT {
+                carry.all::<P, false>(&stage, p, first.code, padded);
+            } else {
+                carry.all::<P, true>(&stage, p, first.code, padded);
+            }
+            carry.canonicalize(p, padded);
             pass.nonfinite
         }
     }
 }
 
-/// Encodes the roots of the stage's moments but for their lowest bits, which stay there, and puts the
-/// ratios to them and their inverses in the place of the moments. Returns the largest ratio.
+/// Encodes the roots of the stage's moments, with nothing but their lowest bits in the first moments'
+/// bytes, and puts the inverses in the place of the roots that divide. Returns the largest ratio.
 ///
 /// # Safety
 /// The pointers are valid for `len` elements, groups of four vectors; the caller enables the
@@ -272,7 +281,7 @@ unsafe impl<L: Lanes> BlockStep<L> for Step {
 #[inline(always)]
 unsafe fn divide<L: Lanes, const AMSGRAD: bool>(
     stage: &Stage,
-    [_, second, third]: [RawCoded; 3],
+    [first, second, third]: [RawCoded; 3],
     len: usize,
     [range, range_of_largest]: [Scale; 2],
     key: u32,
@@ -281,50 +290,41 @@ unsafe fn divide<L: Lanes, const AMSGRAD: bool>(
     // SAFETY: this function's contract.
     unsafe {
         let roots = Roots::<L>::new(Grid::new(range, TOP));
-        let of_largest =
+        let largest =
             if AMSGRAD { Roots::new(Grid::new(range_of_largest, LARGEST_TOP)) } else { roots };
-        let (zero, one, limit) = (L::splat(0.0), L::splat(1.0), L::splat(LIMIT));
-        let below = L::splat(-LIMIT);
         let (stir, dither) = (L::splat_i(STIR as i32), L::splat_i(dither as i32));
         let lanes = L::load_i(LANES.as_ptr());
-        let mut most = zero;
+        let mut most = L::splat(0.0);
         for at in (0..len).step_by(4 * L::N) {
             let spread = key.wrapping_add((at as u32).wrapping_mul(SPREAD));
-            let first = L::add_i(lanes, L::splat_i(spread as i32));
+            let spread = L::add_i(lanes, L::splat_i(spread as i32));
             let chance = each_of_4!(I => {
                 let after = ((I * L::N) as u32).wrapping_mul(SPREAD);
-                let x = L::add_i(first, L::splat_i(after as i32));
+                let x = L::add_i(spread, L::splat_i(after as i32));
                 let x = L::mul_i(L::xor_i(x, L::right::<16>(x)), stir);
-                let x = L::xor_i(x, L::right::<15>(x));
                 L::right::<16>(L::add_i(x, dither))
             });
-            let code = each_of_4!(I => {
+            let of_v = each_of_4!(I => {
                 let at = at + I * L::N;
-                let (code, root) = roots.encode(L::sqrt(L::load(stage.v.add(at))), chance[I]);
-                L::store_i(L::and_i(code, L::splat_i(1)), stage.low.add(at));
-                (code, root)
+                let root = if AMSGRAD { L::sqrt(L::load(stage.v.add(at))) } else { L::load(stage.root.add(at)) };
+                let (code, inverse) = roots.encode(root, chance[I]);
+                (code, inverse)
             });
-            L::store_codes(each_of_4!(I => L::right::<1>(code[I].0)), second.code.add(at));
+            L::split_codes(each_of_4!(I => of_v[I].0), second.code.add(at), first.code.add(at));
             let divisor = if AMSGRAD {
-                let code = each_of_4!(I => {
-                    let max_v = L::load(stage.max_v.add(at + I * L::N));
-                    of_largest.encode(L::sqrt(max_v), chance[I])
+                let of_largest = each_of_4!(I => {
+                    largest.encode(L::load(stage.root.add(at + I * L::N)), chance[I])
                 });
-                L::store_codes(each_of_4!(I => code[I].0), third.code.add(at));
-                each_of_4!(I => code[I].1)
+                L::store_codes(each_of_4!(I => of_largest[I].0), third.code.add(at));
+                of_largest
             } else {
-                each_of_4!(I => code[I].1)
+                of_v
             };
-            let inverse = each_of_4!(I => {
-                L::select(L::less(zero, divisor[I]), L::div(one, divisor[I]), zero)
-            });
-            for i in 0..4 {
+            for (i, (_, inverse)) in divisor.into_iter().enumerate() {
                 let at = at + i * L::N;
-                let ratio = L::mul(L::load(stage.m.add(at)), inverse[i]);
-                let ratio = L::max(L::min(ratio, limit), below);
+                let ratio = L::mul(L::load(stage.m.add(at)), inverse);
                 most = L::max_magnitude(most, ratio);
-                L::store(ratio, stage.m.add(at));
-                L::store(inverse[i], stage.v.add(at));
+                L::store(inverse, stage.root.add(at));
             }
         }
         L::reduce_max(most)
@@ -342,46 +342,79 @@ static LANES: [i32; 16] = {
     lanes
 };
 
-/// Encodes the ratios of the stage for their scale, and stores the parameters, moved by what the
-/// ratios lose.
-///
-/// # Safety
-/// As [`divide`].
-#[inline(always)]
-unsafe fn carry<L: Lanes, P: VectorFloat>(
-    stage: &Stage,
-    p: *mut P,
-    first: *mut u8,
-    len: usize,
-    scale: f32,
-    c: &Coefficients,
-) {
-    // SAFETY: this function's contract.
-    unsafe {
+/// The last pass: encodes the ratios of the stage for their scale, and stores the parameters, moved by
+/// what the ratios lose.
+struct Carry<L: Lanes> {
+    cell: L::F,
+    gain: L::F,
+    eps: L::F,
+    carry: L::F,
+    /// NaN where a parameter is or may be.
+    nan: L::F,
+}
+
+impl<L: Lanes> Carry<L> {
+    #[inline(always)]
+    unsafe fn new(scale: f32, c: &Coefficients) -> Self {
         let Ratios { cell, gain } = Ratios::new(scale);
-        let (cell, gain) = (L::splat(cell), L::splat(gain));
-        let (zero, one) = (L::splat(0.0), L::splat(1.0));
-        let (most, least) = (L::splat(MOST), L::splat(-MOST));
-        let (eps, carry) = (L::splat(c.eps), L::splat(c.carry));
-        let offset = L::splat_i(ZERO);
-        for at in (0..len).step_by(4 * L::N) {
-            let ratio = each_of_4!(I => L::load(stage.m.add(at + I * L::N)));
-            let code = each_of_4!(I => {
-                L::round(L::max(L::min(L::mul(ratio[I], gain), most), least))
-            });
-            for i in 0..4 {
-                let at = at + i * L::N;
-                let lost = L::fnma(L::to_float(code[i]), cell, ratio[i]);
-                let inverse = L::load(stage.v.add(at));
-                let share = L::max(L::fnma(eps, inverse, one), zero);
-                let new = L::fnma(carry, L::mul(share, lost), L::load(stage.p.add(at)));
-                P::store::<L>(canonical::<L>(new), p.add(at));
+        // SAFETY: the caller enables the instruction set.
+        unsafe {
+            Self {
+                cell: L::splat(cell),
+                gain: L::splat(gain),
+                eps: L::splat(c.eps),
+                carry: L::splat(c.carry),
+                nan: L::splat(0.0),
             }
-            let bytes = each_of_4!(I => {
-                let low = L::load_i(stage.low.add(at + I * L::N));
-                L::or_i(L::left::<1>(L::add_i(code[I], offset)), low)
-            });
-            L::store_codes(bytes, first.add(at));
         }
+    }
+
+    /// `CLAMP` says whether ratios may be beyond their scale.
+    ///
+    /// # Safety
+    /// The pointers are valid for `len` elements, groups of four vectors; the caller enables the
+    /// instruction set.
+    #[inline(always)]
+    unsafe fn all<P: VectorFloat, const CLAMP: bool>(
+        &mut self,
+        stage: &Stage,
+        p: *mut P,
+        first: *mut u8,
+        len: usize,
+    ) {
+        // SAFETY: this function's contract.
+        unsafe {
+            let (zero, one) = (L::splat(0.0), L::splat(1.0));
+            for at in (0..len).step_by(4 * L::N) {
+                let inverse = each_of_4!(I => L::load(stage.root.add(at + I * L::N)));
+                let ratio =
+                    each_of_4!(I => L::mul(L::load(stage.m.add(at + I * L::N)), inverse[I]));
+                let code = each_of_4!(I => {
+                    let k = L::mul(ratio[I], self.gain);
+                    let most = L::splat(MOST);
+                    L::round(if CLAMP { L::max(L::min(k, most), L::splat(-MOST)) } else { k })
+                });
+                for i in 0..4 {
+                    let at = at + i * L::N;
+                    let lost = L::fnma(L::to_float(code[i]), self.cell, ratio[i]);
+                    let share = L::max(L::fnma(self.eps, inverse[i], one), zero);
+                    let old = L::load(stage.p.add(at));
+                    let new = L::fnma(self.carry, L::mul(share, lost), old);
+                    self.nan = L::fma(new, zero, self.nan);
+                    P::store::<L>(new, p.add(at));
+                }
+                L::join_codes(code, first.add(at));
+            }
+        }
+    }
+
+    /// Makes every NaN among the parameters the canonical one.
+    ///
+    /// # Safety
+    /// As [`Carry::all`].
+    #[inline(always)]
+    unsafe fn canonicalize<P: VectorFloat>(&self, p: *mut P, len: usize) {
+        // SAFETY: this function's contract.
+        unsafe { canonicalize::<L, P>(self.nan, p, len) }
     }
 }

@@ -110,13 +110,13 @@ pub(super) unsafe fn update<L: Lanes, const AMSGRAD: bool>(
         let (zero, one) = (L::splat(0.0), L::splat(1.0));
         if L::all(L::at_most(L::abs(g), c.usual)) {
             let fate = Fate { finite: L::N, kept: 0, moved: L::at_most(zero, zero) };
-            let [new] = updated::<L, AMSGRAD, 1>([e], [g], c);
+            let ([new], _) = updated::<L, AMSGRAD, 1>([e], [g], c);
             return (Elements { p: canonical::<L>(new.p), ..new }, fate);
         }
         let finite = L::is_finite(g);
         let limit = L::splat(GRADIENT_LIMIT);
         let clamped = L::max(L::min(g, limit), L::splat(-GRADIENT_LIMIT));
-        let [new] = updated::<L, AMSGRAD, 1>([e], [L::select(finite, clamped, g)], c);
+        let ([new], _) = updated::<L, AMSGRAD, 1>([e], [L::select(finite, clamped, g)], c);
         let new = Elements { p: canonical::<L>(new.p), ..new };
         // as numbers, 1 or 0, lane by lane
         let mut is_finite = L::select(finite, one, zero);
@@ -182,7 +182,7 @@ pub(super) unsafe fn are_usual<L: Lanes, P: VectorFloat, G: VectorFloat>(
     }
 }
 
-/// The update itself, for gradients that pass; the parameter's NaN is any.
+/// The update itself, for gradients that pass, and the roots that divide; the parameter's NaN is any.
 ///
 /// Step by step for all `K` vectors, so that their chains of operations, which wait for square roots
 /// and divisions, overlap: a processor does not look far enough ahead to do that by itself.
@@ -191,8 +191,8 @@ pub(super) unsafe fn updated<L: Lanes, const AMSGRAD: bool, const K: usize>(
     mut e: [Elements<L>; K],
     g: [L::F; K],
     c: &Splat<L>,
-) -> [Elements<L>; K] {
-    let mut by = g;
+) -> ([Elements<L>; K], [L::F; K]) {
+    let (mut root, mut by) = (g, g);
     // SAFETY: the caller enables the instruction set.
     unsafe {
         for e in &mut e {
@@ -206,18 +206,18 @@ pub(super) unsafe fn updated<L: Lanes, const AMSGRAD: bool, const K: usize>(
         for (e, g) in e.iter_mut().zip(g) {
             e.m = L::fma(c.w1, g, e.m);
         }
-        for (by, e) in by.iter_mut().zip(&e) {
-            *by = L::sqrt(e.max_v);
+        for (root, e) in root.iter_mut().zip(&e) {
+            *root = L::sqrt(e.max_v);
         }
-        for (by, e) in by.iter_mut().zip(&e) {
-            *by = L::div(e.m, L::add(*by, c.eps));
+        for ((by, root), e) in by.iter_mut().zip(root).zip(&e) {
+            *by = L::div(e.m, L::add(root, c.eps));
         }
         for (e, by) in e.iter_mut().zip(by) {
             let p = if c.has_shrink { L::fnma(c.shrink, e.p, e.p) } else { e.p };
             e.p = L::fnma(c.step, by, p);
         }
     }
-    e
+    (e, root)
 }
 
 /// [`rule::direction`](crate::rule::direction).
@@ -239,6 +239,25 @@ pub(super) unsafe fn maximum<L: Lanes>(old: L::F, new: L::F) -> L::F {
 pub(super) unsafe fn canonical<L: Lanes>(x: L::F) -> L::F {
     // SAFETY: the caller enables the instruction set.
     unsafe { L::select(L::is_nan(x), L::splat(f32::from_bits(0x7FC0_0000)), x) }
+}
+
+/// Makes every NaN among `len` parameters the canonical one, of which there is none if none of `nan` is:
+/// the sum of all products with 0.
+///
+/// # Safety
+/// So many are valid, padded to whole vectors; the caller enables the instruction set.
+#[inline(always)]
+pub(super) unsafe fn canonicalize<L: Lanes, P: VectorFloat>(nan: L::F, p: *mut P, len: usize) {
+    // SAFETY: this function's contract.
+    unsafe {
+        if L::all(L::at_most(nan, L::splat(0.0))) {
+            return;
+        }
+        for at in (0..len).step_by(L::N) {
+            let p = p.add(at);
+            P::store::<L>(canonical::<L>(P::load::<L>(p)), p);
+        }
+    }
 }
 
 /// 0 where the number is not finite.
