@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 BENCH_VENV := target/bench/venv
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: demo test lint rust-test ptx ptx-check wheel bench bench-paging gpu-check clean
+.PHONY: demo test lint rust-test ptx ptx-check wheel bench bench-wheel bench-paging accuracy \
+	training gpu-check clean
 
 demo: wheel
 	$(BIN)/python examples/demo.py
@@ -55,10 +56,12 @@ ifeq ($(QUICK),1)
 bench: wheel
 	$(BIN)/python benches/cpu.py --quick $(BENCH)
 else
-bench: wheel $(BENCH_VENV)/.installed
-	$(BENCH_VENV)/bin/pip install --quiet --force-reinstall --no-deps target/wheels/qadam-*.whl
+bench: bench-wheel
 	$(BENCH_VENV)/bin/python benches/cpu.py $(BENCH)
 endif
+
+bench-wheel: wheel $(BENCH_VENV)/.installed
+	$(BENCH_VENV)/bin/pip install --quiet --force-reinstall --no-deps target/wheels/qadam-*.whl
 
 # A peer that will not install is reported as absent: see target/bench/peers.json.
 $(BENCH_VENV)/.installed: benches/install_peers.py
@@ -67,6 +70,22 @@ $(BENCH_VENV)/.installed: benches/install_peers.py
 	$(BENCH_VENV)/bin/pip install --quiet "torch>=2.10" "matplotlib>=3.8" "numpy>=1.26" setuptools wheel
 	$(BENCH_VENV)/bin/python benches/install_peers.py
 	touch $@
+
+# How far 8-bit state leads Adam astray, beside Adam in float64, for qadam's codes and the peers in
+# `make bench`'s environment: ten minutes. `make accuracy QUICK=1`: fewer steps and seeds, and the peers
+# that .venv has, one minute. More options: ACCURACY="--rows Zipf --seeds 0".
+ifeq ($(QUICK),1)
+accuracy: wheel
+	$(BIN)/python benches/accuracy.py --quick $(ACCURACY)
+else
+accuracy: bench-wheel
+	$(BENCH_VENV)/bin/python benches/accuracy.py $(ACCURACY)
+endif
+
+# What those errors come to: two models trained with 32-bit and 8-bit state, 3 seeds each: a
+# quarter of an hour on 2 cores (TRAINING="--quick" for less, "--models words" for one).
+training: wheel
+	$(BIN)/python benches/training.py $(TRAINING)
 
 # Paged steps beside unpaged ones, and beside the disk, under a limit of memory; minutes, 10 GB of
 # memory and 16 GB of disk (BENCH_PAGING="--quick" for less of everything). Best as root.

@@ -7,11 +7,12 @@ its work and nothing else.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import random
 import signal
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -95,21 +96,25 @@ class AbsentError(Exception):
     """A package that is not there."""
 
 
+def find(modules: list[str], cls: str) -> Callable[..., Optimizer]:
+    """A class of the first of ``modules`` that there is."""
+    errors = []
+    for name in modules:
+        try:
+            found: Callable[..., Optimizer] = getattr(importlib.import_module(name), cls)
+        except Exception as error:  # noqa: BLE001, RUF100 - packages fail as they like
+            errors.append(f"{name}: {type(error).__name__}: {error}")
+            continue
+        return found
+    raise AbsentError("; ".join(errors))
+
+
 def from_package(modules: list[str], cls: str, **options: object) -> Make:
-    """Makes an optimizer of the first of ``modules`` that there is."""
+    """Makes an optimizer of a class that is looked up when it is wanted."""
 
     def make(params: list[Parameter], dtype: torch.dtype) -> Optimizer:
         del dtype
-        errors = []
-        for name in modules:
-            try:
-                module: Any = importlib.import_module(name)
-            except Exception as error:  # noqa: BLE001, RUF100 - packages fail as they like
-                errors.append(f"{name}: {type(error).__name__}: {error}")
-                continue
-            made: Optimizer = getattr(module, cls)(params, **HYPER, **options)
-            return made
-        raise AbsentError("; ".join(errors))
+        return find(modules, cls)(params, **HYPER, **options)
 
     return make
 
@@ -160,6 +165,17 @@ def time_limit(seconds: float) -> Iterator[None]:
 def spread(values: list[float]) -> dict[str, float]:
     """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def versions(packages: Iterable[str | None]) -> dict[str, str | None]:
+    """Of torch, qadam and others; None where one is not installed."""
+    found: dict[str, str | None] = {}
+    for package in ("torch", "qadam", *sorted({name for name in packages if name is not None})):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def commit() -> str:

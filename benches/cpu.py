@@ -17,7 +17,6 @@ Writes ``target/bench/cpu.json`` with every sample, and ``target/bench/cpu.png``
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import statistics
@@ -28,7 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from contest import BASELINE, ROOT, commit, spread
+from contest import BASELINE, ROOT, commit, spread, versions
 from cpu_chart import draw
 from cpu_race import CASES, CONTENDERS, Settings, last_lines
 
@@ -130,25 +129,14 @@ def cell(value: float | None) -> str:
     return f"{'' if value is None else f'{value:.2f}':>7}"
 
 
-def versions() -> dict[str, str | None]:
-    """Of all packages that take part; None where one is not installed."""
-    found: dict[str, str | None] = {}
-    peers = {c.package for c in CONTENDERS.values() if c.package is not None}
-    for package in ("torch", "qadam", *sorted(peers)):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
 def install_errors(path: Path) -> dict[str, str]:
     """What ``install_peers.py`` could not install, by package."""
     try:
         errors: dict[str, str] = json.loads(path.read_text())
     except OSError:
         return {}
-    return {package: error for package, error in errors.items() if versions()[package] is None}
+    missing = [package for package, version in versions(errors).items() if version is None]
+    return {package: error for package, error in errors.items() if package in missing}
 
 
 def explain_absence(race: dict[str, Any], errors: dict[str, str]) -> None:
@@ -200,7 +188,7 @@ def main() -> None:
         "machine": machine(),
         "load": os.getloadavg(),
         "commit": commit(),
-        "versions": versions(),
+        "versions": versions(c.package for c in CONTENDERS.values()),
         "backend": qadam.cpu_backend(),
         "not_installed": errors,
         "arguments": sys.argv[1:],
