@@ -25,7 +25,7 @@
 //! * The last line is multiplied through by `sqrt(c2)`: one division an element, not two.
 //! * Decoupled decay is `fma(-lr * weight_decay, p, p)`, so `1 - lr * weight_decay` is not rounded.
 
-use crate::codec::ratio::SPREAD;
+use crate::codec::ratio::ALONG;
 use crate::error::{Error, Result};
 use crate::ieee;
 
@@ -179,7 +179,7 @@ impl Coefficients {
             w1: (1.0 - hyper.beta1) as f32,
             w2: (1.0 - hyper.beta2) as f32,
             carry: (hyper.lr * root_c2 * hyper.beta1 / (1.0 - hyper.beta1)) as f32,
-            dither: (t as u32).wrapping_mul(SPREAD),
+            dither: (t as u32).wrapping_mul(ALONG),
             step: (hyper.lr * root_c2 / c1) as f32,
             eps: (hyper.eps * root_c2) as f32,
             l2: l2 as f32,

@@ -10,11 +10,12 @@
 //! it should be; otherwise a moment that decays by a thousandth of itself a step would never leave
 //! its code.
 //!
-//! **Chance.** An element's number is [`noise`] of where it is, plus a multiple of the step's number
-//! times the golden ratio, modulo 1 ([`Coefficients::dither`]): over the steps every element gets
-//! numbers that fill the interval as evenly as any sequence does (Weyl 1916), so that a slow drift is
-//! rounded the right number of times, almost without the scatter that independent numbers would have;
-//! and they are the same on every device.
+//! **Chance.** What decides is a hash of the block's index, plus the element's index in the block times
+//! one irrational number, plus the step's times another, the golden ratio, modulo 1 ([`noise`],
+//! [`Coefficients::dither`]): over the steps every element gets numbers that fill the interval as
+//! evenly as any sequence does (Weyl 1916), so that a slow drift is rounded up the right number of
+//! times, with less of the scatter that independent numbers would have; and they are the same on every
+//! device.
 //!
 //! **Ratios.** The first moment is kept as `r = m / s`, `s` as it is decoded: that is the update, whose
 //! magnitude is bounded by the betas (7.3 for the default ones, by Cauchy-Schwarz), so that one scale
@@ -192,20 +193,20 @@ pub(crate) const fn key(block: u64) -> u32 {
     mix((block as u32) ^ mix((block >> 32) as u32))
 }
 
-/// A number for element `i` of a block, of which the upper bits are uniform.
+/// A number for element `i` of a block, in 2^32ths.
 pub(crate) const fn noise(key: u32, i: u32) -> u32 {
-    let x = key.wrapping_add(i.wrapping_mul(SPREAD));
-    (x ^ (x >> 16)).wrapping_mul(STIR)
+    key.wrapping_add(i.wrapping_mul(ACROSS))
 }
 
-/// 2^32 over the golden ratio.
-pub(crate) const SPREAD: u32 = 0x9E37_79B1;
-/// The first of the two multipliers of [`mix`].
-pub(crate) const STIR: u32 = 0x7FEB_352D;
+/// From one element to the next: 2^32 over the plastic ratio, the root of `x^3 = x + 1`, which has
+/// nothing to do with the golden one: no element repeats its neighbour's numbers a step later.
+pub(crate) const ACROSS: u32 = 0xC13F_A9A9;
+/// From one step to the next: 2^32 over the golden ratio.
+pub(crate) const ALONG: u32 = 0x9E37_79B1;
 
 /// A bijection that leaves no pattern (Wellons 2018, `lowbias32`).
 const fn mix(x: u32) -> u32 {
-    let x = (x ^ (x >> 16)).wrapping_mul(STIR);
+    let x = (x ^ (x >> 16)).wrapping_mul(0x7FEB_352D);
     let x = (x ^ (x >> 15)).wrapping_mul(0x846C_A68B);
     x ^ (x >> 16)
 }

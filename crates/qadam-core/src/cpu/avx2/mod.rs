@@ -116,17 +116,11 @@ unsafe impl Lanes for Avx2 {
         fn sub_i(a: __m256i, b: __m256i) -> __m256i {
             _mm256_sub_epi32(a, b)
         }
-        fn mul_i(a: __m256i, b: __m256i) -> __m256i {
-            _mm256_mullo_epi32(a, b)
-        }
         fn and_i(a: __m256i, b: __m256i) -> __m256i {
             _mm256_and_si256(a, b)
         }
         fn or_i(a: __m256i, b: __m256i) -> __m256i {
             _mm256_or_si256(a, b)
-        }
-        fn xor_i(a: __m256i, b: __m256i) -> __m256i {
-            _mm256_xor_si256(a, b)
         }
         fn left<const BY: u32>(a: __m256i) -> __m256i {
             _mm256_sll_epi32(a, _mm_cvtsi32_si128(BY as i32))

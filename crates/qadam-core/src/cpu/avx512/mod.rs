@@ -133,17 +133,11 @@ unsafe impl<const VBMI: bool> Lanes for Avx512<VBMI> {
         fn sub_i(a: __m512i, b: __m512i) -> __m512i {
             _mm512_sub_epi32(a, b)
         }
-        fn mul_i(a: __m512i, b: __m512i) -> __m512i {
-            _mm512_mullo_epi32(a, b)
-        }
         fn and_i(a: __m512i, b: __m512i) -> __m512i {
             _mm512_and_si512(a, b)
         }
         fn or_i(a: __m512i, b: __m512i) -> __m512i {
             _mm512_or_si512(a, b)
-        }
-        fn xor_i(a: __m512i, b: __m512i) -> __m512i {
-            _mm512_xor_si512(a, b)
         }
         fn left<const BY: u32>(a: __m512i) -> __m512i {
             _mm512_slli_epi32::<BY>(a)

@@ -86,11 +86,8 @@ pub(in crate::cpu) unsafe trait Lanes: Copy {
     unsafe fn splat_i(x: i32) -> Self::I;
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn sub_i(a: Self::I, b: Self::I) -> Self::I;
-    /// The lower half of the product.
-    unsafe fn mul_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn and_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn or_i(a: Self::I, b: Self::I) -> Self::I;
-    unsafe fn xor_i(a: Self::I, b: Self::I) -> Self::I;
     /// Shifted by `BY` bits to the left, and to the right as unsigned numbers.
     unsafe fn left<const BY: u32>(a: Self::I) -> Self::I;
     unsafe fn right<const BY: u32>(a: Self::I) -> Self::I;

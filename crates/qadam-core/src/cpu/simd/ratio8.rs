@@ -9,7 +9,7 @@ use super::lanes::{Lanes, VectorFloat, each_of_4};
 use super::moments8::{BlockStep, Values};
 use super::pass::{Coder, Pass, Passed, Sink};
 use super::update::{Splat, canonicalize};
-use crate::codec::ratio::{self, Grid, LARGEST_TOP, LIMIT, MOST, Ratios, SPREAD, STIR, TOP, ZERO};
+use crate::codec::ratio::{self, Grid, LARGEST_TOP, LIMIT, MOST, Ratios, TOP, ZERO};
 use crate::codec::{BLOCK, Scale};
 use crate::cpu::kernels::Coded8;
 use crate::cpu::scalar;
@@ -43,10 +43,10 @@ impl<L: Lanes> Roots<L> {
 
     /// The root so many codes below the largest, if not 0.
     #[inline(always)]
-    unsafe fn below(&self, down: L::I) -> L::F {
+    unsafe fn below(&self, down: L::F) -> L::F {
         // SAFETY: the caller enables the instruction set.
         unsafe {
-            let bits = L::round(L::mul(L::to_float(down), self.step));
+            let bits = L::round(L::mul(down, self.step));
             L::from_bits(L::sub_i(self.high, bits))
         }
     }
@@ -56,9 +56,8 @@ impl<L: Lanes> Roots<L> {
     unsafe fn decode(&self, code: L::I) -> L::F {
         // SAFETY: the caller enables the instruction set.
         unsafe {
-            let down = L::sub_i(self.top, code);
-            // as floats, bits of small integers are in order
-            let positive = L::less(L::splat(0.0), L::from_bits(code));
+            let down = L::to_float(L::sub_i(self.top, code));
+            let positive = L::less(down, L::to_float(self.top));
             L::select(positive, self.below(down), L::splat(0.0))
         }
     }
@@ -75,7 +74,7 @@ impl<L: Lanes> Roots<L> {
             let positive = L::less(zero, root);
             let code = L::from_bits(L::sub_i(self.top, down));
             let code = L::bits(L::select(positive, code, zero));
-            (code, L::select(positive, L::div(one, self.below(down)), zero))
+            (code, L::select(positive, L::div(one, self.below(L::to_float(down))), zero))
         }
     }
 }
@@ -292,18 +291,12 @@ unsafe fn divide<L: Lanes, const AMSGRAD: bool>(
         let roots = Roots::<L>::new(Grid::new(range, TOP));
         let largest =
             if AMSGRAD { Roots::new(Grid::new(range_of_largest, LARGEST_TOP)) } else { roots };
-        let (stir, dither) = (L::splat_i(STIR as i32), L::splat_i(dither as i32));
-        let lanes = L::load_i(LANES.as_ptr());
+        let lanes = each_of_4!(I => L::load_i(LANES.as_ptr().add(I * L::N)));
         let mut most = L::splat(0.0);
         for at in (0..len).step_by(4 * L::N) {
-            let spread = key.wrapping_add((at as u32).wrapping_mul(SPREAD));
-            let spread = L::add_i(lanes, L::splat_i(spread as i32));
-            let chance = each_of_4!(I => {
-                let after = ((I * L::N) as u32).wrapping_mul(SPREAD);
-                let x = L::add_i(spread, L::splat_i(after as i32));
-                let x = L::mul_i(L::xor_i(x, L::right::<16>(x)), stir);
-                L::right::<16>(L::add_i(x, dither))
-            });
+            let noise = ratio::noise(key, at as u32).wrapping_add(dither);
+            let noise = L::splat_i(noise as i32);
+            let chance = each_of_4!(I => L::right::<16>(L::add_i(noise, lanes[I])));
             let of_v = each_of_4!(I => {
                 let at = at + I * L::N;
                 let root = if AMSGRAD { L::sqrt(L::load(stage.v.add(at))) } else { L::load(stage.root.add(at)) };
@@ -331,12 +324,12 @@ unsafe fn divide<L: Lanes, const AMSGRAD: bool>(
     }
 }
 
-/// What [`noise`](ratio::noise) adds for each lane.
-static LANES: [i32; 16] = {
-    let mut lanes = [0; 16];
+/// What [`noise`](ratio::noise) adds for each element of four vectors.
+static LANES: [i32; 64] = {
+    let mut lanes = [0; 64];
     let mut i = 0;
-    while i < 16 {
-        lanes[i] = (i as u32).wrapping_mul(SPREAD) as i32;
+    while i < 64 {
+        lanes[i] = ratio::noise(0, i as u32) as i32;
         i += 1;
     }
     lanes
