@@ -373,3 +373,184 @@ impl Divided<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RANGES: [(f32, f32); 7] = [
+        (1e-3, 1.0),
+        (1e-8, 3e-4),
+        (0.7, 0.75),
+        (1e-23, 1e-17),
+        (1e3, 1e10),
+        (0.25, 0.25),
+        (1.0, 1.000_1),
+    ];
+
+    fn grids() -> impl Iterator<Item = (Scale, Grid)> {
+        let grid = |(low, high)| {
+            let range = range(low, high, None);
+            [TOP, LARGEST_TOP].map(|top| (range, Grid::new(range, top)))
+        };
+        RANGES.into_iter().flat_map(grid)
+    }
+
+    #[test]
+    fn codes_ascend_from_one_end_to_the_other() {
+        for (range, grid) in grids() {
+            assert_eq!((grid.decode(0), grid.decode(grid.top)), (0.0, range.high));
+            let first = grid.decode(1).to_bits().cast_signed();
+            assert!((first - range.low.to_bits().cast_signed()).abs() <= 24, "{range:?}");
+            for code in 1..grid.top {
+                assert!(grid.decode(code) <= grid.decode(code + 1), "{range:?} {code}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_code_stands_for_is_encoded_as_it() {
+        for (range, grid) in grids() {
+            for code in 0..=grid.top {
+                let root = grid.decode(code);
+                assert_eq!(grid.decode(grid.encode(root, HALF)), root, "{range:?} {code}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_root_goes_to_a_neighbour_and_on_the_average_to_itself() {
+        for (range, grid) in grids() {
+            for i in 0..100 {
+                let span = range.high.to_bits() - range.low.to_bits();
+                let root = f32::from_bits(range.low.to_bits() + (u64::from(span) * i / 99) as u32);
+                let mut sum = 0.0;
+                for chance in 0..1 << 16 {
+                    let bits = grid.decode(grid.encode(root, chance)).to_bits();
+                    let distance = f64::from(bits) - f64::from(root.to_bits());
+                    assert!(distance.abs() <= f64::from(grid.step) + 24.0, "{range:?} {root}");
+                    sum += distance;
+                }
+                let mean = sum / 65536.0;
+                // by the rounding of f32 numbers of this size, to integers and of chances
+                let slack = f64::from(span) / f64::from(1 << 23) + f64::from(grid.step) / 65536.0;
+                assert!(mean.abs() <= slack + 1.0, "{range:?} {root}: {mean}, {slack}");
+            }
+        }
+    }
+
+    #[test]
+    fn roots_far_below_the_largest_are_raised_never_to_zero() {
+        let range = range(1e-20, 1.0, None);
+        assert_eq!(range, Scale { low: 2_f32.powi(-24), high: 1.0 });
+        let grid = Grid::new(range, TOP);
+        for chance in [0, HALF, 0xFFFF] {
+            assert_eq!(grid.encode(1e-20, chance), 1);
+            assert_eq!(grid.encode(0.0, chance), 0);
+        }
+    }
+
+    #[test]
+    fn ranges_and_scales_from_elsewhere_are_made_usable() {
+        let none = Scale::default();
+        let of = |low, high| usable_range(Scale { low, high });
+        for high in [0.0, -1.0, f32::NAN, f32::INFINITY, f32::MAX, 1e-30] {
+            assert_eq!(of(0.5, high), none, "{high}");
+        }
+        for low in [0.0, -1.0, f32::NAN, f32::NEG_INFINITY, 1e-40] {
+            assert_eq!(of(low, 1.0), Scale { low: LEAST, high: 1.0 }, "{low}");
+        }
+        assert_eq!(of(2.0, 1.0), Scale { low: 1.0, high: 1.0 });
+        for scale in [f32::NAN, f32::INFINITY, -1.0, 0.0] {
+            assert_eq!(usable_ratio(scale), 0.0);
+        }
+        assert_eq!((usable_ratio(f32::MAX), scale(f32::INFINITY, None)), (LIMIT, LIMIT));
+        assert_eq!((scale(1e-31, None), scale(1e-31, Some(2.0))), (0.0, 2.0));
+    }
+
+    /// Moments of elements that a few gradients have made.
+    fn moments(len: usize) -> [Vec<f32>; 3] {
+        let hash = |i: usize| (i.wrapping_mul(2_654_435_761) >> 8) % 1000;
+        let v: Vec<f32> = (0..len).map(|i| (hash(i) as f32 / -50.0).exp2()).collect();
+        let ratio = |i: usize| hash(7 * i + 1) as f32 / 500.0 - 1.0;
+        let m = (0..len).map(|i| ratio(i) * v[i].sqrt()).collect();
+        let third = v.iter().enumerate().map(|(i, v)| v * (1 + i % 3) as f32).collect();
+        [m, v, third]
+    }
+
+    #[test]
+    fn encoded_moments_decode_within_their_bounds() {
+        for len in [1, 255, 256, 1000] {
+            let values = moments(len);
+            for amsgrad in [false, true] {
+                let third: &[f32] = if amsgrad { &values[2] } else { &[] };
+                let mut codes = [vec![0; len], vec![0; len], vec![0; third.len()]];
+                let [a, b, c] = codes.each_mut().map(Vec::as_mut_slice);
+                let scales = encode([&values[0], &values[1], third], [a, b, c]);
+                let codes = codes.each_ref().map(Vec::as_slice);
+                for (i, [m, v, max_v]) in decode_block(codes, &scales).into_iter().enumerate() {
+                    // half a cell of 2^23 bits an octave; squares have twice the error
+                    let octaves = |cells: f64, scale: Scale| {
+                        let bits = scale.high.to_bits() - scale.low.to_bits();
+                        2.0 * f64::from(bits) / f64::from(1 << 23) / cells / 2.0 + 1e-5
+                    };
+                    let near = |got: f32, want: f32, octaves: f64| {
+                        let ratio = f64::from(got) / f64::from(want);
+                        assert!((ratio - 1.0).abs() <= octaves, "{i}: {got} {want}");
+                    };
+                    near(v, values[1][i], octaves(510.0, scales[1]));
+                    let mut divisor = v;
+                    if amsgrad {
+                        near(max_v, third[i], octaves(254.0, scales[2]));
+                        divisor = max_v;
+                    }
+                    let cell = scales[0].high / MOST * 0.501 * divisor.sqrt();
+                    assert!((m - values[0][i]).abs() <= cell, "{i}: {m} {}", values[0][i]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_have_scales_of_their_own() {
+        let [m, v, _] = moments(300);
+        let (mut first, mut second) = (vec![0; 300], vec![0; 300]);
+        let mut scales = Vec::new();
+        encode_blocks([&m, &v, &[]], [&mut first, &mut second, &mut []], |s| scales.push(s));
+        let (mut a, mut b) = ([0; 44], [0; 44]);
+        let tail = encode([&m[256..], &v[256..], &[]], [&mut a, &mut b, &mut []]);
+        assert_eq!((scales.len(), scales[1]), (2, tail));
+        assert_eq!((&first[256..], &second[256..]), (&a[..], &b[..]));
+    }
+
+    #[test]
+    fn what_is_not_finite_or_has_no_root_counts_as_zero() {
+        let (m, v) = ([f32::NAN, 1.0, 0.5, f32::INFINITY], [1.0, f32::NAN, 0.0, 4.0]);
+        let (mut first, mut second) = ([9; 4], [9; 4]);
+        let scales = encode([&m, &v, &[]], [&mut first, &mut second, &mut []]);
+        assert_eq!((scales[0].high, scales[1]), (0.0, Scale { low: 1.0, high: 2.0 }));
+        let decoded = decode_block([&first, &second, &[]], &scales);
+        assert_eq!(decoded, [[0.0, 1.0, 0.0], [0.0; 3], [0.0; 3], [0.0, 4.0, 0.0]]);
+        assert_eq!((first[2], second[2]), (ZERO_RATIO, ZERO_ROOT));
+    }
+
+    /// An element is rounded up in so many of any run of steps as its distance says, give or take a few.
+    #[test]
+    fn chances_are_even_along_steps_and_across_elements() {
+        for block in [0, 1, 1 << 40] {
+            let key = key(block);
+            for share in [0.001, 0.01, 0.3] {
+                let below = |number: u32| f64::from(number) < share * 4_294_967_296.0;
+                for i in [0, 1, 17, 255] {
+                    for start in [0_u32, 999] {
+                        let up = |t: &u32| below(noise(key, i).wrapping_add(t.wrapping_mul(ALONG)));
+                        let count = (start..start + 3000).filter(up).count() as f64;
+                        assert!((count - 3000.0 * share).abs() <= 4.0, "{block} {i}: {count}");
+                    }
+                }
+                let count = (0..256).filter(|&i| below(noise(key, i))).count() as f64;
+                assert!((count - 256.0 * share).abs() <= 4.0, "{block}: {count}");
+            }
+        }
+    }
+}

@@ -15,13 +15,14 @@ use crate::tensor::{Moments8, Moments32};
 /// The pointers are valid for `len` elements of the types that the function was chosen for, aligned
 /// to an element, and nothing else accesses them meanwhile (the gradient may be read). 8-bit
 /// moments begin at a block.
-type Kernel<S> = unsafe fn(*mut u8, *const u8, S, usize, &Coefficients) -> usize;
+pub(super) type Kernel<S> = unsafe fn(*mut u8, *const u8, S, usize, &Coefficients) -> usize;
 
 /// Gauges what a step of `len` consecutive elements would do; writes nothing.
 ///
 /// # Safety (of each function of this type)
 /// As [`Kernel`], but everything may be read by others. 8-bit moments begin at a block.
-type GaugeKernel<S> = unsafe fn(*const u8, *const u8, S, usize, &Coefficients, &mut Gauge);
+pub(super) type GaugeKernel<S> =
+    unsafe fn(*const u8, *const u8, S, usize, &Coefficients, &mut Gauge);
 
 /// 8-bit moments, where they are in their tensor, and what becomes of their scales.
 #[derive(Clone, Copy)]
@@ -59,35 +60,68 @@ pub(super) struct Kernels {
 
 impl Kernels {
     pub(super) fn select(backend: Backend, param: DType, grad: DType) -> Self {
-        match param {
-            DType::F32 => Self::with_param::<f32>(backend, grad),
-            DType::BF16 => Self::with_param::<bf16>(backend, grad),
-            DType::F16 => Self::with_param::<f16>(backend, grad),
+        use DType::{BF16, F16, F32};
+        match (param, grad) {
+            (F32, F32) => Self::alike::<f32>(backend),
+            (BF16, BF16) => Self::alike::<bf16>(backend),
+            (F16, F16) => Self::alike::<f16>(backend),
+            (F32, BF16) => Self::mixed::<f32, bf16>(backend),
+            (F32, F16) => Self::mixed::<f32, f16>(backend),
+            (BF16, F32) => Self::mixed::<bf16, f32>(backend),
+            (BF16, F16) => Self::mixed::<bf16, f16>(backend),
+            (F16, F32) => Self::mixed::<f16, f32>(backend),
+            (F16, BF16) => Self::mixed::<f16, bf16>(backend),
         }
     }
 
-    fn with_param<P: VectorFloat>(backend: Backend, grad: DType) -> Self {
-        match grad {
-            DType::F32 => Self::with_types::<P, f32>(backend),
-            DType::BF16 => Self::with_types::<P, bf16>(backend),
-            DType::F16 => Self::with_types::<P, f16>(backend),
-        }
-    }
-
-    fn with_types<P: VectorFloat, G: VectorFloat>(backend: Backend) -> Self {
+    fn alike<T: VectorFloat>(backend: Backend) -> Self {
         macro_rules! of {
             ($($path:ident)::+) => {
                 Self {
-                    step32: $($path)::+::step32::<P, G>,
-                    step8: $($path)::+::step8::<P, G>,
-                    gauge32: $($path)::+::gauge32::<P, G>,
-                    gauge8: $($path)::+::gauge8::<P, G>,
-                    count: scalar::count_nonfinite::<P, G>,
+                    step32: $($path)::+::step32::<T, T>,
+                    step8: $($path)::+::step8::<T, T>,
+                    gauge32: $($path)::+::gauge32::<T, T>,
+                    gauge8: $($path)::+::gauge8::<T, T>,
+                    count: scalar::count_nonfinite::<T, T>,
                 }
             };
         }
         match backend {
             Backend::Scalar => of!(scalar),
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx2 => of!(super::avx2),
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx512 => of!(super::avx512::base),
+            #[cfg(target_arch = "x86_64")]
+            Backend::Avx512Vbmi => of!(super::avx512::vbmi),
+            #[cfg(not(target_arch = "x86_64"))]
+            Backend::Avx2 | Backend::Avx512 | Backend::Avx512Vbmi => {
+                unreachable!("not available on this processor")
+            }
+        }
+    }
+
+    fn mixed<P: VectorFloat, G: VectorFloat>(backend: Backend) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        macro_rules! of {
+            ($($path:ident)::+) => {
+                Self {
+                    step32: $($path)::+::step32::<P, G>,
+                    step8: $($path)::+::mixed_step8::<P, G>,
+                    gauge32: $($path)::+::gauge32::<P, G>,
+                    gauge8: $($path)::+::mixed_gauge8::<P, G>,
+                    count: scalar::count_nonfinite::<P, G>,
+                }
+            };
+        }
+        match backend {
+            Backend::Scalar => Self {
+                step32: scalar::step32::<P, G>,
+                step8: scalar::step8::<P, G>,
+                gauge32: scalar::gauge32::<P, G>,
+                gauge8: scalar::gauge8::<P, G>,
+                count: scalar::count_nonfinite::<P, G>,
+            },
             #[cfg(target_arch = "x86_64")]
             Backend::Avx2 => of!(super::avx2),
             #[cfg(target_arch = "x86_64")]

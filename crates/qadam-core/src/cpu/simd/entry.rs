@@ -37,6 +37,37 @@ macro_rules! kernels {
             unsafe { simd::step8::<$lanes, P, G>(param, grad, moments, len, c) }
         }
 
+        #[doc = concat!("# Safety\nAs [`simd::mixed::step8`], on a processor with ", $processor, ".")]
+        #[target_feature(enable = $features)]
+        pub(in crate::cpu) unsafe fn mixed_step8<P: VectorFloat, G: VectorFloat>(
+            param: *mut u8,
+            grad: *const u8,
+            moments: Coded8,
+            len: usize,
+            c: &Coefficients,
+        ) -> usize {
+            let kernel = step8::<f32, f32>;
+            // SAFETY: this function's contract; the instruction set is enabled.
+            unsafe { simd::mixed::step8::<$lanes, P, G>(param, grad, moments, len, c, kernel) }
+        }
+
+        #[doc = concat!("# Safety\nAs [`simd::mixed::gauge8`], on a processor with ", $processor, ".")]
+        #[target_feature(enable = $features)]
+        pub(in crate::cpu) unsafe fn mixed_gauge8<P: VectorFloat, G: VectorFloat>(
+            param: *const u8,
+            grad: *const u8,
+            moments: Moments8,
+            len: usize,
+            c: &Coefficients,
+            gauge: &mut Gauge,
+        ) {
+            let kernel = gauge8::<f32, f32>;
+            // SAFETY: this function's contract; the instruction set is enabled.
+            unsafe {
+                simd::mixed::gauge8::<$lanes, P, G>(param, grad, moments, len, c, gauge, kernel);
+            }
+        }
+
         #[doc = concat!("# Safety\nAs [`simd::gauge32`], on a processor with ", $processor, ".")]
         #[target_feature(enable = $features)]
         pub(in crate::cpu) unsafe fn gauge32<P: VectorFloat, G: VectorFloat>(

@@ -8,7 +8,7 @@
 //! * [`lanes`] is what an instruction set supplies;
 //! * [`update`] is the rule, [`dynamic`] the dynamic code's decoding;
 //! * [`moments32`] and [`moments8`] are the step at either width; the latter goes through blocks, which
-//!   are [`dynamic8`]'s or [`ratio8`]'s; [`pass`] is what these share with [`gauge`], which measures what
+//!   are [`dynamic8`]'s or [`ratio8`]'s, and of [`mixed`] types through f32; [`pass`] is what these share with [`gauge`], which measures what
 //!   a step would do.
 
 #[cfg(test)]
@@ -18,6 +18,7 @@ mod dynamic8;
 mod entry;
 mod gauge;
 mod lanes;
+pub(super) mod mixed;
 mod moments32;
 mod moments8;
 mod padded;
