@@ -36,6 +36,9 @@ OFFSETS = ((0, 0), (1, 0), (0, 1), (1, 1), (3, 2))
 SMALL_LENGTHS, SMALL_OFFSETS = (0, 1, 255, 257, 4097), ((0, 0), (1, 3))
 """For sanitizers, which are slow."""
 
+STATES = ((32, "dynamic"), (8, "dynamic"), (8, "ratio"))
+"""Widths, and codes, which 32 bits do without."""
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "Adam": {},
     "Adam, decay": {"weight_decay": 0.3},
@@ -128,6 +131,11 @@ def state_differences(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
             yield key
 
 
+def state_name(bits: int, code: str) -> str:
+    """What a report calls a state."""
+    return f"{bits} bits" if code == "dynamic" else f"{bits} bits ({code})"
+
+
 @dataclass(frozen=True)
 class Config:
     """One optimizer to compare."""
@@ -140,10 +148,11 @@ class Config:
     lengths: tuple[int, ...] = LENGTHS
     offsets: tuple[tuple[int, int], ...] = OFFSETS
     steps: int = 4
+    code: str = "dynamic"
 
     def __str__(self) -> str:
         dtypes = f"{self.param_dtype} parameters, {self.grad_dtype} gradients"
-        return f"{self.setting}, {self.bits} bits, {dtypes}, {self.kind}"
+        return f"{self.setting}, {state_name(self.bits, self.code)}, {dtypes}, {self.kind}"
 
 
 @dataclass
@@ -212,8 +221,8 @@ class Side:
         if self.lr is not None:
             options["lr"] = self.lr
         rule = qadam.AdamW if self.config.setting.startswith("AdamW") else qadam.Adam
-        bits = self.config.bits
-        self.optimizer = rule(self.params, optim_bits=bits, min_8bit_size=0, **options)
+        options |= {"optim_bits": self.config.bits, "state_code": self.config.code}
+        self.optimizer = rule(self.params, min_8bit_size=0, **options)
 
     def give(self, step: int) -> None:
         """Places the gradients of a step, unless those of the last one are the same."""
@@ -285,9 +294,9 @@ def check_config(config: Config, device: str, lr: float | None = None) -> list[s
 
 
 def all_configs() -> list[Config]:
-    """Every dtype pairing, width, setting and kind of value."""
-    axes = itertools.product(DTYPES, DTYPES, (32, 8), SETTINGS, KINDS)
-    return [Config(*axis) for axis in axes]
+    """Every dtype pairing, state, setting and kind of value."""
+    axes = itertools.product(DTYPES, DTYPES, STATES, SETTINGS, KINDS)
+    return [Config(p, g, bits, s, kind, code=code) for p, g, (bits, code), s, kind in axes]
 
 
 LR = torch.tensor(3e-3, dtype=torch.float32).item()
@@ -306,8 +315,8 @@ def check_equality(device: str, deadline: float, most: int | None = None) -> dic
             break
         failures += check_config(config, device)
         done += 1
-    for bits in (32, 8):
-        config = Config(torch.float32, torch.bfloat16, bits, "AdamW", "mixed")
+    for bits, code in STATES:
+        config = Config(torch.float32, torch.bfloat16, bits, "AdamW", "mixed", code=code)
         failures += [f"lr on the device: {what}" for what in check_config(config, device, LR)]
     return {"configs": total, "checked": done, "failures": failures}
 
@@ -318,7 +327,8 @@ def check_equality(device: str, deadline: float, most: int | None = None) -> dic
 def check_huge(bits: int) -> dict[str, Any]:
     """Steps a bf16 tensor whose indices need more than 32 bits, and redoes parts on the CPU.
 
-    Blocks of 256 are independent, so a part that starts with one is updated alike by itself.
+    Blocks of 256 are independent, so a part that starts with one is updated alike by itself; not in
+    the ratio code, whose rounding depends on where in the tensor a block is.
     """
     n = 2**32 + 5 * BLOCK + 77
     need = int(n * (2 + 2 + (2 * bits // 8 + 0.05)) * 1.02) + 2**30
@@ -359,7 +369,7 @@ def check_huge(bits: int) -> dict[str, Any]:
 REPLAYS = 10
 
 
-def check_graph(bits: int, dtype: torch.dtype) -> list[str]:
+def check_graph(bits: int, code: str, dtype: torch.dtype) -> list[str]:
     """Replays a captured step with another lr and other gradients each time.
 
     A second optimizer does the same steps uncaptured, with the lr as a number. Halfway the captured
@@ -374,6 +384,8 @@ def check_graph(bits: int, dtype: torch.dtype) -> list[str]:
             param.grad = torch.zeros_like(param)
     lr = torch.tensor(LR, device="cuda")
     options: dict[str, Any] = {"optim_bits": bits, "min_8bit_size": 0, "weight_decay": 0.1}
+    options["state_code"] = code
+    name = f"{state_name(bits, code)}, {dtype}"
     captured = qadam.AdamW([{"params": lists[0], "lr": lr}], **options)
     plain = qadam.AdamW(lists[1], lr=LR, **options)
     failures: list[str] = []
@@ -389,9 +401,9 @@ def check_graph(bits: int, dtype: torch.dtype) -> list[str]:
         torch.cuda.synchronize()
         for i, (param, other) in enumerate(zip(*lists, strict=True)):
             if not same_bits(param, other):
-                failures.append(f"{bits} bits, {dtype}, {when}: parameter {i}")
+                failures.append(f"{name}, {when}: parameter {i}")
             keys = state_differences(captured.state[param], plain.state[other])
-            failures.extend(f"{bits} bits, {dtype}, {when}: parameter {i}'s {key}" for key in keys)
+            failures.extend(f"{name}, {when}: parameter {i}'s {key}" for key in keys)
 
     # as torch documents it: warm up on a side stream
     side = CUDA.Stream()
@@ -421,17 +433,17 @@ def check_graph(bits: int, dtype: torch.dtype) -> list[str]:
     want = 3.0 + REPLAYS
     steps = {captured.state[param]["step"].item() for param in lists[0]}
     if steps != {want}:
-        failures.append(f"{bits} bits, {dtype}: step counts {sorted(steps)} instead of {want}")
+        failures.append(f"{name}: step counts {sorted(steps)} instead of {want}")
     torch.cuda.synchronize()
     del graph  # before the optimizer, whose memory it refers to
     return failures
 
 
 def check_graphs() -> dict[str, Any]:
-    """Both widths, with f32 and bf16."""
+    """Every state, with f32 and bf16."""
     failures: list[str] = []
-    for bits, dtype in itertools.product((32, 8), (torch.float32, torch.bfloat16)):
-        failures += check_graph(bits, dtype)
+    for (bits, code), dtype in itertools.product(STATES, (torch.float32, torch.bfloat16)):
+        failures += check_graph(bits, code, dtype)
     return {"replays_each": REPLAYS, "failures": failures}
 
 
@@ -442,10 +454,12 @@ def small_steps(device: str) -> tuple[int, list[str]]:
     """A few small steps of each kind; how many, and differences from the CPU."""
     failures: list[str] = []
     steps = 0
-    axes = itertools.product(DTYPES, DTYPES, (32, 8), ("AdamW", "Adam, propagate", "AdamW, raise"))
-    for param_dtype, grad_dtype, bits, setting in axes:
+    settings = ("AdamW", "Adam, propagate", "AdamW, raise")
+    axes = itertools.product(DTYPES, DTYPES, STATES, settings)
+    for param_dtype, grad_dtype, (bits, code), setting in axes:
+        places = SMALL_LENGTHS, SMALL_OFFSETS
         config = Config(
-            param_dtype, grad_dtype, bits, setting, "mixed", SMALL_LENGTHS, SMALL_OFFSETS, steps=2
+            param_dtype, grad_dtype, bits, setting, "mixed", *places, steps=2, code=code
         )
         lr = LR if setting == "AdamW" else None
         failures += check_config(config, device, lr)

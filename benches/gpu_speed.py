@@ -51,6 +51,7 @@ def nominal_state_bytes(name: str, dtype: torch.dtype) -> float | None:
         BASELINE: 2.0 * dtype.itemsize,  # in the parameter's dtype
         "qadam.AdamW": 8.0,
         "qadam.AdamW8bit": 2 + 2 * 4 / 256,
+        "qadam.AdamW8bit, ratio": 2 + 3 * 4 / 256,
     }.get(name)
 
 
@@ -67,6 +68,9 @@ CONTENDERS: dict[str, Make] = {
     BASELINE: lambda params, _: torch.optim.AdamW(params, fused=True, **HYPER),
     "qadam.AdamW": from_package(["qadam"], "AdamW"),
     "qadam.AdamW8bit": from_package(["qadam"], "AdamW8bit", min_8bit_size=0),
+    "qadam.AdamW8bit, ratio": from_package(
+        ["qadam"], "AdamW8bit", min_8bit_size=0, state_code="ratio"
+    ),
     "bitsandbytes AdamW8bit": from_package(["bitsandbytes.optim"], "AdamW8bit"),
     "flashoptim FlashAdamW": flash,
     "torchao AdamW8bit": from_package(
@@ -75,7 +79,7 @@ CONTENDERS: dict[str, Make] = {
     "bitsandbytes AdamW": from_package(["bitsandbytes.optim"], "AdamW"),
 }
 """In this order they are given memory."""
-REQUIRED = (BASELINE, "qadam.AdamW", "qadam.AdamW8bit")
+REQUIRED = (BASELINE, "qadam.AdamW", "qadam.AdamW8bit", "qadam.AdamW8bit, ratio")
 """Where one of these cannot be measured, the check fails."""
 
 

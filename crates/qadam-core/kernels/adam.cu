@@ -11,26 +11,30 @@
 
 // Updates one block and returns how many of its gradients were not finite.
 __device__ __forceinline__ int step_block(
-    const Tensor& tensor, const Path& param, const Place& place,
-    const Coefficients& c, const Tables& tables
+    const Place& place, const Coefficients& c, const Tables& tables
 ) {
     Desk& desk = *place.desk;
-    bool is_8bit = tensor.flags & IS_8BIT;
+    u32 flags = desk.flags;
+    // the same in every lane, as are all conditions here
+    bool is_8bit = flags & IS_8BIT, is_ratio = flags & IS_RATIO, amsgrad = flags & IS_AMSGRAD;
     Block block;
     float g[LANE];
-    load(g, tensor.grad_dtype, {desk.gradient, param.access, false}, place);
-    load(block.p, tensor.param_dtype, param, place);
-    load_moments(block, is_8bit, place, tables);
+    load(g, desk.grad_dtype, {desk.gradient, desk.access, false}, place);
+    load(block.p, desk.param_dtype, {desk.param, desk.access, true}, place);
+    if (is_ratio) {
+        load_ratios(block, amsgrad, place);
+    } else {
+        load_moments(block, is_8bit, place, tables);
+    }
     Outcome outcome;
-    bool amsgrad = desk.max_v.address != 0;  // the same in every lane, as are all conditions here
     if (!amsgrad) {
         outcome = block.update(g, c, desk.factor, place);
     } else {
         u32 kept;
         outcome = block.average(g, c, desk.factor, place, kept);
         // The largest second moments come in the registers of the gradients, which are of no more use.
-        // Second moments proper are stored at once, and leave theirs to the largest.
-        load_second_moment(g, desk.max_v, is_8bit, place, tables);
+        // Second moments proper are put away at once, and leave theirs to the largest.
+        load_largest(g, is_8bit, is_ratio, place, tables);
 #pragma unroll
         for (int i = 0; i < LANE; i++) {
             if (kept >> i & 1u) continue;
@@ -38,43 +42,53 @@ __device__ __forceinline__ int step_block(
             block.v[i] = canonical(block.v[i]);
         }
         if ((outcome & NONFINITE) > 0 && is_8bit) make_finite(block.v);
-        if (!(outcome & KEPT) || desk.v.told >= 0.0f) {
+        if (is_ratio) {
+            put(desk.stage, block.v, place);
+        } else if (!(outcome & KEPT) || desk.v.is_told()) {
             store_second_moment(block.v, desk.v, is_8bit, place, tables, outcome & KEEPS);
         }
 #pragma unroll
         for (int i = 0; i < LANE; i++) block.v[i] = g[i];
         block.move(c, kept);
     }
-    store(block.p, tensor.param_dtype, param, place);
+    // A scale of its own stays with the codes of a block that was kept; one for all may be another.
+    bool stays = is_8bit && (outcome & KEPT) && !desk.m.is_told();
     if (outcome != 0 && is_8bit) {
-        // A scale of its own stays with the codes of a block that was kept; one for all may be another.
-        if ((outcome & KEPT) && desk.m.told < 0.0f) return outcome & NONFINITE;
         make_finite(block.m);
         make_finite(block.v);
     }
-    const Moment& v = amsgrad ? desk.max_v : desk.v;
-    store_moments(block, desk.m, v, is_8bit, place, tables, outcome & KEEPS);
+    if (is_ratio && !stays) store_ratios(block, amsgrad, place, outcome & KEEPS);
+    store(block.p, desk.param_dtype, {desk.param, desk.access, true}, place);
+    if (!is_ratio && !stays) {
+        const Moment& v = amsgrad ? desk.max_v : desk.v;
+        store_moments(block, desk.m, v, is_8bit, place, tables, outcome & KEEPS);
+    }
     return outcome & NONFINITE;
 }
 
-__device__ __forceinline__ u32 step_chunk(
+__device__ __forceinline__ void step_chunk(
     const Tensor& tensor, const Grad& grad, const Chunk& chunk, const Hyper& hyper,
     const Found* found, int lane, const Tables& tables, Desk* desk
 ) {
     Coefficients c = coefficients(hyper, coming_step(tensor));
-    if (tensor.flags & MEASURED) c.step = __fmul_rn(c.step, found->update_scale);
-    if (lane == 0) fill(desk, tensor, grad, cut_factor(hyper, grad), found);
+    if (tensor.flags & MEASURED) {
+        c.step = __fmul_rn(c.step, found->update_scale);
+        c.carry = __fmul_rn(c.carry, found->update_scale);
+    }
+    if (lane == 0) {
+        fill(desk, tensor, grad, cut_factor(hyper, grad), found);
+        desk->c = c;
+        desk->nonfinite = 0;
+    }
     __syncwarp();
-    Path param = {tensor.param, grad.access, true};
-    u32 nonfinite = 0;
     Place place = {chunk.start, BLOCK, lane, desk};
 #pragma unroll 1
     for (u32 left = chunk.len; left > 0; left -= place.len) {
         place.len = (int)min(left, (u32)BLOCK);
-        nonfinite += step_block(tensor, param, place, c, tables);
+        u32 nonfinite = step_block(place, c, tables);
+        if (nonfinite > 0 && lane == 0) desk->nonfinite += nonfinite;
         place.start += BLOCK;
     }
-    return nonfinite;
 }
 
 // What is left when all of a tensor has been updated: scales that every warp has read, the gradient's
@@ -83,9 +97,16 @@ __device__ __forceinline__ void finish(
     const Tensor& tensor, const Grad& grad, const Found* found
 ) {
     if ((tensor.flags & ONE_SCALE) && (tensor.flags & MEASURED)) {
-        *global<float>(tensor.m_scale) = found->scale[0];
-        *global<float>(tensor.v_scale) = found->scale[1];
-        if (tensor.max_v_scale != 0) *global<float>(tensor.max_v_scale) = found->scale[2];
+        u64 at[3] = {tensor.m_scale, tensor.v_scale, tensor.max_v_scale};
+#pragma unroll
+        for (int i = 0; i < 3; i++) {
+            if (at[i] == 0) continue;
+            if (i > 0 && (tensor.flags & IS_RATIO)) {
+                *global<Range>(at[i]) = found->scale[i];
+            } else {
+                *global<float>(at[i]) = found->scale[i].high;
+            }
+        }
     }
     if (tensor.history != 0 && grad.cut != 0) {
         const Cut* cut = global<const Cut>(grad.cut);
@@ -113,11 +134,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 3) qadam_step(const Tab
     const Found* found = (const Found*)table->found;
     if (is_to_step(table, grad, chunk.tensor)) {
         Tensor tensor = table->tensors[chunk.tensor];
-        u32 nonfinite = step_chunk(
+        Desk* desk = &desks[threadIdx.x / 32];
+        step_chunk(
             tensor, grad, chunk, table->hypers[tensor.hyper], found + chunk.tensor, lane, tables,
-            &desks[threadIdx.x / 32]
+            desk
         );
-        if (nonfinite > 0 && lane == 0) atomicAdd_system(table->nonfinite, (u64)nonfinite);
+        if (lane == 0 && desk->nonfinite > 0) {
+            atomicAdd_system(table->nonfinite, (u64)desk->nonfinite);
+        }
     }
     // By the last warp to get here: every other is done with its chunk.
     if (!arrive(table->arrived, 1, (u32)table->chunk_count, lane)) return;
@@ -159,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) qadam_count(
         for (int i = 0; i < LANE; i++) {
             float scaled = __fmul_rn(g[i], by);
             bool finite = is_finite(l2 != 0.0f ? __fmaf_rn(l2, p[i], scaled) : scaled);
-            bool counts = place.element(i) < len && !(hyper.skip_zeros && g[i] == 0.0f);
+            bool counts = place.has(i) && !(hyper.skip_zeros && g[i] == 0.0f);
             nonfinite += counts && !finite;
         }
     }

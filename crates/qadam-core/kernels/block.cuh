@@ -14,19 +14,29 @@ struct alignas(sizeof(T) * RUN) Vector {
     T at[RUN];
 };
 
+// A float for each element of a block.
+typedef Vector<float> Stage[BLOCK / RUN];
+
 // A moment in memory: values, or codes and their scales.
 struct Moment {
     u64 address, scale;
-    float told;  // its new scale where it has one for all blocks, else negative: each finds its own
+    Range told;  // its new scale where it has one for all blocks, else negative: each finds its own
+
+    // The same in every lane.
+    __device__ __forceinline__ bool is_told() const { return told.high >= 0.0f; }
 };
 
 // What a warp keeps in shared memory, as registers are dear.
 struct Desk {
-    Vector<float> stage[BLOCK / RUN];  // what cannot be loaded or stored in vectors
-    Moment m, v, max_v;                // of the tensor
-    u64 gradient;
-    const Strides* strides;            // where the access is STRIDED
-    float factor;                      // of gradients
+    Stage stage;             // what cannot be loaded or stored in vectors, and what waits
+    Moment m, v, max_v;      // of the tensor
+    u64 param, gradient;
+    u32 param_dtype, grad_dtype, access, flags;
+    const Strides* strides;  // where the access is STRIDED
+    float factor;            // of gradients
+    Coefficients c;          // of the step
+    u32 nonfinite;           // gradients so far
+    u8 kept[32];             // a bit an element, by each lane: what `outcome_of` was told last
 };
 
 // A block, and which of its elements a lane has.
@@ -39,15 +49,17 @@ struct Place {
     __device__ __forceinline__ bool whole() const { return len == BLOCK; }
     // Of a lane's vectors, counted in vectors from the block's first.
     __device__ __forceinline__ int vector(int run) const { return run * 32 + lane; }
-    // Of a lane's elements, counted from the block's first.
-    __device__ __forceinline__ int element(int i) const {
-        return vector(i / RUN) * RUN + i % RUN;
-    }
+    // A lane's first element, counted from the block's first, and the others from it on: a constant.
+    __device__ __forceinline__ int first() const { return lane * RUN; }
+    static __device__ __forceinline__ int beyond(int i) { return i / RUN * 32 * RUN + i % RUN; }
+    // Whether the block has one of a lane's elements. (Compared with `len`, the place of each would be
+    // kept, a register each.)
+    __device__ __forceinline__ bool has(int i) const { return beyond(i) < len - first(); }
     // A bit for each of a lane's elements that the block has.
     __device__ __forceinline__ u32 present() const {
         u32 bits = 0;
 #pragma unroll
-        for (int i = 0; i < LANE; i++) bits |= (u32)(element(i) < len) << i;
+        for (int i = 0; i < LANE; i++) bits |= (u32)has(i) << i;
         return bits;
     }
 };
@@ -118,6 +130,26 @@ __device__ __forceinline__ void store_one(float from, u64 base, u64 at) {
     global<typename T::Bits>(base)[at] = T::round(from);
 }
 
+// A lane's elements in shared memory.
+__device__ __forceinline__ void put(Stage& stage, const float (&from)[LANE], const Place& place) {
+#pragma unroll
+    for (int run = 0; run < RUNS; run++) {
+        Vector<float> vector;
+#pragma unroll
+        for (int i = 0; i < RUN; i++) vector.at[i] = from[run * RUN + i];
+        stage[place.vector(run)] = vector;
+    }
+}
+
+__device__ __forceinline__ void take(float (&to)[LANE], const Stage& stage, const Place& place) {
+#pragma unroll
+    for (int run = 0; run < RUNS; run++) {
+        Vector<float> vector = stage[place.vector(run)];
+#pragma unroll
+        for (int i = 0; i < RUN; i++) to[run * RUN + i] = vector.at[i];
+    }
+}
+
 // Gathers a block in shared memory, an element at a time; those beyond its end are 0.
 __device__ __forceinline__ void gather(u32 dtype, const Path& path, const Place& place) {
     float* stage = (float*)place.desk->stage;
@@ -152,12 +184,7 @@ __device__ __forceinline__ void load(
         return;
     }
     gather(dtype, path, place);
-#pragma unroll
-    for (int run = 0; run < RUNS; run++) {
-        Vector<float> vector = place.desk->stage[place.vector(run)];
-#pragma unroll
-        for (int i = 0; i < RUN; i++) to[run * RUN + i] = vector.at[i];
-    }
+    take(to, place.desk->stage, place);
     __syncwarp();
 }
 
@@ -175,13 +202,7 @@ __device__ __forceinline__ void store(
         return;
     }
     const float* stage = (const float*)place.desk->stage;
-#pragma unroll
-    for (int run = 0; run < RUNS; run++) {
-        Vector<float> vector;
-#pragma unroll
-        for (int i = 0; i < RUN; i++) vector.at[i] = from[run * RUN + i];
-        place.desk->stage[place.vector(run)] = vector;
-    }
+    put(place.desk->stage, from, place);
     __syncwarp();
 #pragma unroll 1
     for (int i = place.lane; i < place.len; i += 32) {
@@ -222,9 +243,21 @@ struct Codes {
             }
 #pragma unroll
             for (int i = 0; i < RUN; i++) {
-                int at = place.vector(run) * RUN + i;
-                set(run * RUN + i, at < place.len ? from[at] : padding);
+                int own = run * RUN + i;
+                set(own, place.has(own) ? (from + place.first())[place.beyond(own)] : padding);
             }
+        }
+    }
+
+    // Puts those in memory back for the elements of `kept`.
+    __device__ __forceinline__ void keep(u32 kept, u64 base, const Place& place) {
+        Codes old;
+        old.load(base, place, 0);
+#pragma unroll
+        for (int i = 0; i < LANE; i++) {
+            if (!(kept >> i & 1u)) continue;
+            u32 mask = 0xFFu << i % RUN * 8;
+            of_run[i / RUN] = (of_run[i / RUN] & ~mask) | (old.of_run[i / RUN] & mask);
         }
     }
 
@@ -238,8 +271,8 @@ struct Codes {
             }
 #pragma unroll
             for (int i = 0; i < RUN; i++) {
-                int element = place.vector(run) * RUN + i;
-                if (element < place.len) to[element] = (u8)at(run * RUN + i);
+                int own = run * RUN + i;
+                if (place.has(own)) (to + place.first())[place.beyond(own)] = (u8)at(own);
             }
         }
     }
@@ -266,6 +299,7 @@ const u32 NONFINITE = 0xFFFFu, KEEPS = 1u << 16, KEPT = 1u << 17;
 // the block has do not count.
 __device__ __forceinline__ Outcome outcome_of(u32 kept, u32 nonfinite, const Place& place) {
     u32 present = place.present();
+    place.desk->kept[place.lane] = (u8)kept;
     Outcome outcome = warp_sum(__popc(nonfinite & present));
     if (__any_sync(WARP, kept & present)) outcome |= KEEPS;
     if (__all_sync(WARP, (kept & present) == present)) outcome |= KEPT;
@@ -379,7 +413,7 @@ __device__ __forceinline__ float* own_scale(const Moment& moment, const Place& p
 
 // In bytes from a moment's first scale, where that of a block is.
 __device__ __forceinline__ u64 scale_offset(const Place& place) {
-    return place.desk->m.told < 0.0f ? place.start / BLOCK * sizeof(float) : 0;
+    return place.desk->m.is_told() ? 0 : place.start / BLOCK * sizeof(float);
 }
 
 __device__ __forceinline__ void load_moments(
@@ -414,8 +448,8 @@ __device__ __forceinline__ void store_second_moment(
         store(v, FLOAT32, dense(to.address), place);
         return;
     }
-    float scale = to.told;
-    bool own = scale < 0.0f;  // the same in every lane
+    float scale = to.told.high;
+    bool own = !to.is_told();
     if (own) {
         scale = warp_max(v);
         if (keep) scale = fmaxf(scale, usable_scale(*own_scale(to, place)));
@@ -455,8 +489,8 @@ __device__ __forceinline__ void store_moments(
         store(block.v, FLOAT32, dense(to_v.address), place);
         return;
     }
-    float m_scale = to_m.told, v_scale = to_v.told;
-    bool own = m_scale < 0.0f;  // the same in every lane, as is `keep`
+    float m_scale = to_m.told.high, v_scale = to_v.told.high;
+    bool own = !to_m.is_told();
     if (own) {
         m_scale = warp_max(block.m);
         v_scale = warp_max(block.v);
@@ -486,16 +520,22 @@ __device__ __forceinline__ void store_moments(
 __device__ __forceinline__ void fill(
     Desk* desk, const Tensor& tensor, const Grad& grad, float factor, const Found* found
 ) {
-    float told[3] = {-1.0f, -1.0f, -1.0f};
+    bool one_scale = tensor.flags & ONE_SCALE;
+    Range told[3];
 #pragma unroll
     for (int i = 0; i < 3; i++) {
-        if (!(tensor.flags & ONE_SCALE)) continue;
-        told[i] = found != nullptr && tensor.flags & MEASURED ? found->scale[i] : 0.0f;
+        told[i] = {0.0f, one_scale ? 0.0f : -1.0f};
+        if (one_scale && found != nullptr && tensor.flags & MEASURED) told[i] = found->scale[i];
     }
     desk->m = {tensor.m, tensor.m_scale, told[0]};
     desk->v = {tensor.v, tensor.v_scale, told[1]};
     desk->max_v = {tensor.max_v, tensor.max_v_scale, told[2]};
+    desk->param = tensor.param;
     desk->gradient = grad.address;
+    desk->param_dtype = tensor.param_dtype;
+    desk->grad_dtype = tensor.grad_dtype;
+    desk->access = grad.access;
+    desk->flags = tensor.flags;
     desk->strides = global<const Strides>(grad.strides);
     desk->factor = factor;
 }

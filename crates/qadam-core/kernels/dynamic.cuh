@@ -133,19 +133,24 @@ struct Normalizer {
     }
 };
 
-// The largest magnitude that the warp has among numbers that are not NaN.
+__device__ __forceinline__ u32 warp_max(u32 x) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(WARP, x);
+#else
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+        x = max(x, __shfl_xor_sync(WARP, x, distance));
+    }
+    return x;
+#endif
+}
+
+// The largest magnitude that the warp has among numbers that are not NaN. As bits, numbers that are not
+// negative have their order.
 template <int N>
 __device__ __forceinline__ float warp_max(const float (&x)[N]) {
     float max = 0.0f;
 #pragma unroll
     for (int i = 0; i < N; i++) max = fmaxf(max, fabsf(x[i]));
-#if __CUDA_ARCH__ >= 800
-    return __uint_as_float(__reduce_max_sync(WARP, __float_as_uint(max)));
-#else
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-        max = fmaxf(max, __shfl_xor_sync(WARP, max, distance));
-    }
-    return max;
-#endif
+    return __uint_as_float(warp_max(__float_as_uint(max)));
 }

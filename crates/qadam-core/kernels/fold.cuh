@@ -4,7 +4,7 @@
 // them (a segment), adds these up, and whoever is the last to finish a tensor's segments, those: no
 // warp waits for another.
 #pragma once
-#include "block.cuh"
+#include "block_ratio.cuh"
 
 const u32 FOLD = 4096;
 

@@ -5,7 +5,7 @@
 
 // What a lane finds of a chunk, besides sums.
 struct Gauge {
-    float largest[3];  // of the new moments
+    u32 reach[REACH];  // of the new moments
     bool keeps;        // whether elements are kept
 };
 
@@ -14,13 +14,7 @@ __device__ __forceinline__ void add_squares(
     double& sum, const float (&values)[LANE], const Place& place
 ) {
     const float* stage = (const float*)place.desk->stage;
-#pragma unroll
-    for (int run = 0; run < RUNS; run++) {
-        Vector<float> vector;
-#pragma unroll
-        for (int i = 0; i < RUN; i++) vector.at[i] = values[run * RUN + i];
-        place.desk->stage[place.vector(run)] = vector;
-    }
+    put(place.desk->stage, values, place);
     __syncwarp();
 #pragma unroll
     for (int i = place.lane; i < BLOCK; i += 32) {
@@ -29,14 +23,34 @@ __device__ __forceinline__ void add_squares(
     __syncwarp();
 }
 
-// The largest magnitude, or `max`; what is not finite does not count.
-__device__ __forceinline__ float largest(const float (&moment)[LANE], float max) {
+// The largest magnitude, as bits, of those that are finite, or `reach`.
+__device__ __forceinline__ void extend(u32& reach, const float (&moment)[LANE]) {
 #pragma unroll
     for (int i = 0; i < LANE; i++) {
         float x = fabsf(moment[i]);
-        max = is_finite(x) ? fmaxf(max, x) : max;
+        reach = is_finite(x) ? max(reach, __float_as_uint(x)) : reach;
     }
-    return max;
+}
+
+// The same of the negatives of those that are positive.
+__device__ __forceinline__ void extend_down(u32& reach, const float (&moment)[LANE]) {
+#pragma unroll
+    for (int i = 0; i < LANE; i++) {
+        float x = moment[i];
+        reach = is_finite(x) ? max(reach, 0u - __float_as_uint(x)) : reach;
+    }
+}
+
+// The same of ratios: first moments to the roots of second moments.
+__device__ __forceinline__ void extend_ratios(
+    u32& reach, const float (&m)[LANE], const float (&v)[LANE]
+) {
+#pragma unroll
+    for (int i = 0; i < LANE; i++) {
+        float root = is_finite(v[i]) ? __fsqrt_rn(v[i]) : 0.0f;
+        float ratio = __fmul_rn(is_finite(m[i]) ? m[i] : 0.0f, inverse(root));
+        reach = max(reach, __float_as_uint(fabsf(ratio)));
+    }
 }
 
 // Does to a block what the step will do, and writes nothing.
@@ -45,26 +59,41 @@ __device__ __forceinline__ void gauge_block(
     const Coefficients& c, bool is_limited, const Tables& tables, double (&sums)[2], Gauge& gauge
 ) {
     Desk& desk = *place.desk;
-    bool is_8bit = tensor.flags & IS_8BIT, one_scale = tensor.flags & ONE_SCALE;
+    bool is_8bit = tensor.flags & IS_8BIT, is_ratio = tensor.flags & IS_RATIO;
+    bool one_scale = tensor.flags & ONE_SCALE, amsgrad = tensor.flags & IS_AMSGRAD;
     Block block;
     float g[LANE];
     load(g, tensor.grad_dtype, {desk.gradient, param.access, false}, place);
     load(block.p, tensor.param_dtype, param, place);
-    load_moments(block, is_8bit, place, tables);
+    if (is_ratio) {
+        load_ratios(block, amsgrad, place);
+    } else {
+        load_moments(block, is_8bit, place, tables);
+    }
     u32 kept;
     Outcome outcome = block.average(g, c, desk.factor, place, kept);
     gauge.keeps |= (outcome & KEEPS) != 0;
     if (one_scale) {
-        gauge.largest[0] = largest(block.m, gauge.largest[0]);
-        gauge.largest[1] = largest(block.v, gauge.largest[1]);
+        extend(gauge.reach[1], block.v);
+        if (is_ratio) extend_down(gauge.reach[3], block.v);
     }
-    if (desk.max_v.address != 0) {
-        load_second_moment(g, desk.max_v, is_8bit, place, tables);
+    if (amsgrad) {
+        load_largest(g, is_8bit, is_ratio, place, tables);
 #pragma unroll
         for (int i = 0; i < LANE; i++) {
             block.v[i] = kept >> i & 1u ? g[i] : maximum(g[i], block.v[i]);
         }
-        if (one_scale) gauge.largest[2] = largest(block.v, gauge.largest[2]);
+        if (one_scale) {
+            extend(gauge.reach[2], block.v);
+            if (is_ratio) extend_down(gauge.reach[4], block.v);
+        }
+    }
+    if (one_scale) {
+        if (is_ratio) {
+            extend_ratios(gauge.reach[0], block.m, block.v);
+        } else {
+            extend(gauge.reach[0], block.m);
+        }
     }
     if (!is_limited) return;
     add_squares(sums[0], block.p, place);
@@ -75,21 +104,40 @@ __device__ __forceinline__ void gauge_block(
     add_squares(sums[1], g, place);
 }
 
-// Adds to what is known of a tensor's new scales. As bits, numbers that are not negative have their order.
+// Adds to what is known of a tensor's new scales.
 __device__ __forceinline__ void report(Tally* tally, const Gauge& gauge, int lane) {
 #pragma unroll
-    for (int i = 0; i < 3; i++) {
-        float max[1] = {gauge.largest[i]};
-        u32 bits = __float_as_uint(warp_max(max));
-        if (lane == 0) atomicMax(&tally->largest[i], bits);
+    for (int i = 0; i < REACH; i++) {
+        u32 reach = warp_max(gauge.reach[i]);
+        if (lane == 0) atomicMax(&tally->reach[i], reach);
     }
     if (lane == 0 && gauge.keeps) atomicOr(&tally->keeps, 1u);
 }
 
-// The new scale of a moment. 0 again is what was found of it.
-__device__ __forceinline__ float new_scale(u32* bits, bool keeps, u64 old) {
-    float scale = __uint_as_float(atomicExch(bits, 0u));
-    return keeps && old != 0 ? fmaxf(scale, usable_scale(*global<const float>(old))) : scale;
+// The new scales of the moments, for which `old` ones are joined where elements are kept. 0 again is what
+// was found.
+__device__ __forceinline__ void new_scales(Found* found, Tally* tally, const Tensor& tensor) {
+    bool keeps = atomicExch(&tally->keeps, 0u) != 0, is_ratio = tensor.flags & IS_RATIO;
+    u64 old[3] = {tensor.m_scale, tensor.v_scale, tensor.max_v_scale};
+    u32 reach[REACH];
+#pragma unroll
+    for (int i = 0; i < REACH; i++) reach[i] = atomicExch(&tally->reach[i], 0u);
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+        bool joins = keeps && old[i] != 0;
+        Range scale = {0.0f, __uint_as_float(reach[i])};
+        if (!is_ratio) {
+            if (joins) scale.high = fmaxf(scale.high, usable_scale(*global<const float>(old[i])));
+        } else if (i == 0) {
+            if (joins) scale.high = fmaxf(scale.high, usable_ratio(*global<const float>(old[i])));
+            scale.high = ratio_scale(scale.high);
+        } else {
+            scale.reach(reach[2 + i], reach[i]);
+            if (joins) scale.join(*global<const Range>(old[i]));
+            scale.cut();
+        }
+        found->scale[i] = scale;
+    }
 }
 
 __device__ __forceinline__ void measure_chunk(
@@ -125,11 +173,7 @@ __device__ __forceinline__ void measure_chunk(
     found->update_scale = update_scale(
         hyper.max_unorm, sums[0], sums[1], __ddiv_rn(correction.root_c2, correction.c1)
     );
-    if (!one_scale) return;
-    bool keeps = atomicExch(&tally->keeps, 0u) != 0;
-    found->scale[0] = new_scale(&tally->largest[0], keeps, tensor.m_scale);
-    found->scale[1] = new_scale(&tally->largest[1], keeps, tensor.v_scale);
-    found->scale[2] = new_scale(&tally->largest[2], keeps, tensor.max_v_scale);
+    if (one_scale) new_scales(found, tally, tensor);
 }
 
 // Measures the tensors that ask for it, before `qadam_step` with the same table.

@@ -1,7 +1,7 @@
 // The update of one element: `src/rule.rs` line by line. Every operation is an intrinsic that rounds
 // once, so that no compiler fuses or reorders.
 #pragma once
-#include "float.cuh"
+#include "ratio.cuh"
 
 // As `launch::Hyper` on the host lays it out.
 struct Hyper {
@@ -20,8 +20,8 @@ struct Hyper {
 };
 
 struct Coefficients {
-    float w1, w2, step, eps, l2, shrink;
-    u32 flags;
+    float w1, w2, carry, step, eps, l2, shrink;
+    u32 dither, flags;
 
     static const u32 PROPAGATE = 1, SKIP_ZEROS = 2;
 
@@ -66,6 +66,9 @@ __device__ __forceinline__ Coefficients coefficients(const Hyper& h, u64 t) {
     Coefficients c;
     c.w1 = __double2float_rn(__dadd_rn(1.0, -h.beta1));
     c.w2 = __double2float_rn(__dadd_rn(1.0, -h.beta2));
+    double carry = __dmul_rn(__dmul_rn(lr, root_c2), h.beta1);
+    c.carry = __double2float_rn(__ddiv_rn(carry, __dadd_rn(1.0, -h.beta1)));
+    c.dither = (u32)t * ALONG;
     c.step = __double2float_rn(__ddiv_rn(__dmul_rn(lr, root_c2), c1));
     c.eps = __double2float_rn(__dmul_rn(h.eps, root_c2));
     c.l2 = h.decoupled ? 0.0f : __double2float_rn(h.weight_decay);
@@ -108,6 +111,13 @@ __device__ __forceinline__ float direction(float m, float v, const Coefficients&
 __device__ __forceinline__ float moved(float p, float m, float v, const Coefficients& c) {
     p = c.shrink == 0.0f ? p : __fmaf_rn(-c.shrink, p, p);
     return __fmaf_rn(-c.step, direction(m, v, c), p);
+}
+
+__device__ __forceinline__ float carried(
+    float p, float lost, float inverse, const Coefficients& c
+) {
+    float share = fmaxf(__fmaf_rn(-c.eps, inverse, 1.0f), 0.0f);
+    return canonical(__fmaf_rn(-c.carry, __fmul_rn(share, lost), p));
 }
 
 // `maximum` of rule.rs.

@@ -22,13 +22,15 @@ enum Flag : u8 {
     IS_8BIT = 1,
     ONE_SCALE = 2,  // a moment, for the whole tensor; 8-bit only
     MEASURED = 4,   // there is a `Found` to look at; not without elements
+    IS_RATIO = 8,   // the code, if 8-bit
+    IS_AMSGRAD = 16,  // there is a third moment
 };
 
 struct Tensor {
     u64 param;
     u64 m, v;              // values (32-bit) or codes (8-bit)
     u64 m_scale, v_scale;  // 8-bit only
-    u64 max_v;             // as `v`, where the state has it (AMSGrad), else 0
+    u64 max_v;             // as `v`, with AMSGrad, else 0
     u64 max_v_scale;       // 8-bit only
     u64 step;              // f32, how many steps the parameter has had
     u64 len;
@@ -55,6 +57,11 @@ struct Chunk {
     u32 tensor;
 };
 
+// How far moments reach: of each the largest magnitude, as bits; of roots the smallest that is
+// positive, or rather the negative of its square's bits. In either case the larger reaches farther, and
+// 0 is what nothing reaches.
+const int REACH = 5;
+
 // Where a tensor that is being measured has got to. Counts and what else changes are 0 between
 // launches.
 struct Tally {
@@ -62,14 +69,15 @@ struct Tally {
     u32 segment;  // the first of its segments
     u32 arrived;  // segments that are done
     u32 keeps;    // whether elements are kept
-    u32 largest[3];  // of the new moments' magnitudes, as bits
+    u32 reach[REACH];  // of the new moments
     u32 unused;
 };
 
 // What was found of a tensor before any of it is written.
 struct Found {
     float update_scale;
-    float scale[3];  // new ones of the moments, where they have one each
+    u32 unused;
+    Range scale[3];  // new ones of the moments, where they have one each
 };
 
 // How a gradient is cut, and what the step that uses it has to remember.

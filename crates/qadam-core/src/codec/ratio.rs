@@ -179,7 +179,7 @@ impl Ratios {
 
     /// What is lost where this code stands for `ratio`.
     fn lost(&self, code: i32, ratio: f32) -> f32 {
-        (-code as f32).mul_add(self.cell, ratio)
+        (-(code as f32)).mul_add(self.cell, ratio)
     }
 }
 

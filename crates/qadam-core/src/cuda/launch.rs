@@ -14,7 +14,7 @@ use super::memory::{DeviceMemory, Event, Pinned};
 use super::plan::{Plan, Purpose, Room};
 use super::request::DeviceStep;
 use super::staging::Ring;
-use super::table::FOUND;
+use super::table::CUT;
 use super::work::Work;
 use crate::error::{Error, Result};
 
@@ -94,9 +94,9 @@ pub(super) struct Ready {
 }
 
 impl Ready {
-    /// Where the kernels put what they find of each tensor.
+    /// Where the kernels put what they find of each gradient, if it is to be cut.
     pub fn found(&self) -> Vec<u64> {
-        self.found.clone().step_by(FOUND).map(|offset| self.table + offset as u64).collect()
+        self.found.clone().step_by(CUT).map(|offset| self.table + offset as u64).collect()
     }
 }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use super::request::{DeviceClip, DeviceState, DeviceStep};
 use super::table::{
-    Access, Chunk, Clip, DIMS, FOUND, Grad, Hyper as DeviceHyper, Strides, Table, Tally, Tensor,
-    bytes, flag,
+    Access, CUT, Chunk, Clip, DIMS, FOUND, Grad, Hyper as DeviceHyper, Strides, Table, Tally,
+    Tensor, bytes, flag,
 };
 use crate::codec::Code;
 use crate::dtype::DType;
@@ -132,8 +132,8 @@ impl Plan {
                 Purpose::Clip(_) => true,
             };
             let (fold, segment) = (self.folds as u32, segments as u32); // of 2^44 elements in all
-            let (arrived, keeps, largest, unused) = (0, 0, [0; 3], 0);
-            self.tallies.push(Tally { fold, segment, arrived, keeps, largest, unused });
+            let (arrived, keeps, reach, unused) = (0, 0, [0; 5], 0);
+            self.tallies.push(Tally { fold, segment, arrived, keeps, reach, unused });
             if counts {
                 let folds = step.walk.len().div_ceil(CHUNK);
                 self.folds += folds;
@@ -238,7 +238,8 @@ impl Plan {
         let room = |start: usize, bytes: usize| start..start + bytes;
         let sums = room(chunks.end.next_multiple_of(16), 8 * beside * self.folds);
         let nodes = room(sums.end, 8 * beside * self.segments.len());
-        let found = room(nodes.end.next_multiple_of(FOUND), FOUND * self.tallies.len());
+        let each = if self.clip.is_empty() { FOUND } else { CUT };
+        let found = room(nodes.end.next_multiple_of(each), each * self.tallies.len());
         let tensors_of_clip = if self.clip.is_empty() { 0 } else { self.tensors.len() };
         let squares = tensors_of_clip + tensors_of_clip.div_ceil(CHUNK);
         let squares = room(found.end, 8 * squares);
@@ -264,7 +265,8 @@ impl Plan {
         Room { image: layout.chunks.end, device: layout.squares.end }
     }
 
-    /// Where in the table the kernels put what they find of the tensors, [`FOUND`] bytes each.
+    /// Where in the table the kernels put what they find of the tensors, [`CUT`] bytes each where
+    /// gradients are to be cut.
     pub fn found(&self) -> Range<usize> {
         self.layout().found
     }
@@ -376,6 +378,9 @@ fn tensor(step: &DeviceStep, hyper: u32) -> Tensor {
     };
     if step.has_one_scale() {
         flags |= flag::ONE_SCALE;
+    }
+    if max_v != 0 {
+        flags |= flag::IS_AMSGRAD;
     }
     Tensor {
         param: step.param,

@@ -57,6 +57,8 @@ pub(super) mod flag {
     pub const MEASURED: u8 = 4;
     /// Codes are those of the ratio code.
     pub const IS_RATIO: u8 = 8;
+    /// There is a third moment.
+    pub const IS_AMSGRAD: u8 = 16;
 }
 
 /// A gradient; address 0 skips the tensor.
@@ -87,12 +89,14 @@ pub(super) struct Tally {
     pub segment: u32,
     pub arrived: u32,
     pub keeps: u32,
-    pub largest: [u32; 3],
+    pub reach: [u32; 5],
     pub unused: u32,
 }
 
-/// What the kernels find of a tensor: a `Found`, or a `Cut`.
-pub(super) const FOUND: usize = 16;
+/// What the kernels find of a tensor that is to be measured: the size of a `Found`.
+pub(super) const FOUND: usize = 32;
+/// And of a gradient that may be cut: of a `Cut`.
+pub(super) const CUT: usize = 16;
 
 /// What gradients are cut to.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -169,7 +173,7 @@ plain! {
     } 88
     Grad { address: 0, strides: 8, cut: 16, access: 24, guarded: 28 } 32
     Chunk { start: 0, len: 8, tensor: 12 } 16
-    Tally { fold: 0, segment: 4, arrived: 8, keeps: 12, largest: 16, unused: 28 } 32
+    Tally { fold: 0, segment: 4, arrived: 8, keeps: 12, reach: 16, unused: 36 } 40
     Clip { max_norm: 0, norm: 8, is_limited: 16, unused: 20 } 24
     Hyper {
         lr: 0, beta1: 8, beta2: 16, eps: 24, weight_decay: 32, max_unorm: 40, lr_address: 48,

@@ -12,17 +12,22 @@ use qadam_core::{DType, Error, Hyper, RawState, State, StateFormat, TensorStep, 
 use crate::stand_in::Soft;
 
 const ONE_SCALE: StateFormat = StateFormat::DYNAMIC8.with_block_wise(false);
+const ONE_RANGE: StateFormat = StateFormat::RATIO8.with_block_wise(false);
 
-pub const FORMATS: [StateFormat; 6] = [
+pub const FORMATS: [StateFormat; 10] = [
     StateFormat::F32,
     StateFormat::DYNAMIC8,
+    StateFormat::RATIO8,
     StateFormat::F32.with_amsgrad(true),
     StateFormat::DYNAMIC8.with_amsgrad(true),
+    StateFormat::RATIO8.with_amsgrad(true),
     ONE_SCALE,
+    ONE_RANGE,
     ONE_SCALE.with_amsgrad(true),
+    ONE_RANGE.with_amsgrad(true),
 ];
 /// How many of them need no more than a launch.
-const PLAIN: usize = 4;
+const PLAIN: usize = 6;
 
 /// Bytes that start at a multiple of 16, plus `skew`; or that lie in an arena.
 pub struct Buffer {

@@ -5,7 +5,7 @@ use softgpu::memory::managed::Place;
 use softgpu::memory::{Kind, Memory};
 use softgpu::module::Module;
 
-use crate::layout::{Chunk, FOLD, Grad, Hyper, Table, Tally, Tensor};
+use crate::layout::{Chunk, FOLD, Found, Grad, Hyper, Table, Tally, Tensor};
 
 /// The files that ship, by the compute capability they are loaded on.
 pub const PTX: [(u32, &str); 2] = [
@@ -117,7 +117,7 @@ impl Gpu {
         table.segments = self.upload(&vec![0_u32; segment as usize]);
         table.sums = self.reserve((8 * beside * u64::from(fold)).max(1));
         table.nodes = self.reserve((8 * beside * u64::from(segment)).max(1));
-        table.found = self.reserve((16 * folds.len() as u64).max(1));
+        table.found = self.reserve((size_of::<Found>() * folds.len()).max(1) as u64);
         let tensors = folds.len();
         table.squares = self.reserve((8 * (tensors + tensors.div_ceil(FOLD)) as u64).max(1));
         Scratch { tallies, segments: segment as usize }

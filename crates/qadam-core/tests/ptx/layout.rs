@@ -56,6 +56,8 @@ pub struct Tensor {
 pub const IS_8BIT: u8 = 1;
 pub const ONE_SCALE: u8 = 2;
 pub const MEASURED: u8 = 4;
+pub const IS_RATIO: u8 = 8;
+pub const IS_AMSGRAD: u8 = 16;
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -77,7 +79,7 @@ pub struct Tally {
     pub segment: u32,
     pub arrived: u32,
     pub keeps: u32,
-    pub largest: [u32; 3],
+    pub reach: [u32; 5],
     pub unused: u32,
 }
 
@@ -85,7 +87,9 @@ pub struct Tally {
 #[derive(Clone, Copy, Default)]
 pub struct Found {
     pub update_scale: f32,
-    pub scale: [f32; 3],
+    pub unused: u32,
+    /// Lower and upper ends.
+    pub scale: [[f32; 2]; 3],
 }
 
 #[repr(C)]

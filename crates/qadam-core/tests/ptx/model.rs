@@ -2,6 +2,7 @@
 //! compared byte for byte, gaps between strided elements included.
 
 use qadam_core::clip::{self, Gradient, HISTORY, Percentile};
+use qadam_core::codec::Code;
 use qadam_core::cpu::{self, Backend, squared_norms};
 use qadam_core::rule::Coefficients;
 use qadam_core::{
@@ -10,7 +11,8 @@ use qadam_core::{
 
 use crate::device::{Gpu, PTX};
 use crate::layout::{
-    self, Chunk, FOLD, Grad, IS_8BIT, MEASURED, ONE_SCALE, SCALAR, STRIDED, VECTOR,
+    self, Chunk, FOLD, Grad, IS_8BIT, IS_AMSGRAD, IS_RATIO, MEASURED, ONE_SCALE, SCALAR, STRIDED,
+    VECTOR,
 };
 
 /// Bytes, the first of which is aligned for any element type.
@@ -373,7 +375,8 @@ pub fn flags(format: StateFormat) -> u8 {
         StateCode::Coded(Code::Dynamic) => IS_8BIT,
         StateCode::Coded(Code::Ratio) => IS_8BIT | IS_RATIO,
     };
-    code | if format.block_wise { 0 } else { ONE_SCALE }
+    let amsgrad = if format.amsgrad { IS_AMSGRAD } else { 0 };
+    code | amsgrad | if format.block_wise { 0 } else { ONE_SCALE }
 }
 
 /// Addresses.
