@@ -775,14 +775,17 @@ def test_rows_that_never_had_a_gradient_stay_zero_and_their_parameters_unchanged
 
 
 def test_errors_of_first_moments_do_not_add_up():
-    """A second moment of one step is exact where it divides: what is lost is of the first."""
+    """Gradients of the same size and random signs: all roots are equal and exact, ratios are not.
+
+    A fifth of LR is half a cell of its share in later steps; the dynamic code's errors grow on.
+    """
     generator = torch.Generator().manual_seed(0)
-    draw = lambda step: torch.randn(1024, generator=generator)  # noqa: E731
-    params, _, _ = race(draw, 500, 1024, betas=(0.9, 0.0))
+    draw = lambda step: torch.randint(0, 2, (1024,), generator=generator) * 2.0 - 1  # noqa: E731
+    params, _, _ = race(draw, 800, 1024)
     off = {code: (params[code].double() - params["exact"]).abs() for code in CODES}
-    moved = params["exact"].detach().abs().mean()
-    assert off["ratio"].mean() < 0.01 * moved
-    assert off["ratio"].mean() < 0.3 * off["dynamic"].mean()
+    assert off["ratio"].max() < 0.3 * LR
+    assert off["ratio"].mean() < 0.08 * LR
+    assert off["dynamic"].mean() > 0.3 * LR
 
 
 # Chance.
