@@ -492,7 +492,12 @@ def test_a_gradient_of_zeros_counts_as_a_step_and_changes_nothing_else(code):
     assert same_bits(before[0], ours[0].detach())
     entry = optimizer.state[ours[0]]
     assert entry["step"] == before[1].pop("step") + 1
-    assert all(same_bits(entry[key], value) for key, value in before[1].items())
+    for key, value in before[1].items():
+        if code == "ratio" and key.endswith(("_scale", "_range")):
+            # found anew from what codes decode to, which is within a few units of the range's ends
+            torch.testing.assert_close(entry[key], value, rtol=4e-6, atol=0)
+        else:
+            assert same_bits(entry[key], value), key
 
 
 # One scale a tensor.
