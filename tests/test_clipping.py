@@ -574,7 +574,14 @@ def test_one_range_reaches_over_all_roots_and_every_code_is_a_neighbour(n, amsgr
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("percentile_clipping", 5), ("max_unorm", 1e-3), ("skip_zeros", True), ("block_wise", False), ("state_code", "ratio"), ("state_code", "dynamic")],
+    [
+        ("percentile_clipping", 5),
+        ("max_unorm", 1e-3),
+        ("skip_zeros", True),
+        ("block_wise", False),
+        ("state_code", "ratio"),
+        ("state_code", "dynamic"),
+    ],
 )
 @pytest.mark.parametrize("by", ["constructor", "args", "group", "override"])
 def test_every_way_of_asking_is_the_same(option, value, by):

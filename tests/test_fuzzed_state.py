@@ -70,9 +70,7 @@ def sources():
         for number, p in enumerate(params):
             entry = {**saved["state"][number], "gnorm_vec": torch.rand(100)}
             old = qstate.format_of(entry)
-            stored = old._replace(
-                block_wise=False, history=True, amsgrad=bits == "ratio"
-            )
+            stored = old._replace(block_wise=False, history=True, amsgrad=bits == "ratio")
             saved["state"][number] = qstate.fit(entry, p, stored, "p")
         made[f"qadam {bits} of all"] = saved
     return made

@@ -5,7 +5,19 @@ import warnings
 
 import pytest
 import torch
-from conftest import ADAMS, CODES, WIDTHS, code_step, fingerprint, frozen, same_bits, scale_key, state_values, train, twins
+from conftest import (
+    ADAMS,
+    CODES,
+    WIDTHS,
+    code_step,
+    fingerprint,
+    frozen,
+    same_bits,
+    scale_key,
+    state_values,
+    train,
+    twins,
+)
 from torch.nn import Parameter
 
 import qadam

@@ -203,7 +203,7 @@ def test_tiny_and_subnormal_gradients(size, width):
         reference.step(g)
         error = (p.detach().double() - reference.p).abs()
         relative = 1e-2 if width != "32" and step > 0 else 1e-6
-        if width == "ratio" and step > 0 and size * size < 1e-45:
+        if width == "ratio" and step > 0 and size * size < 1e-42:
             relative = 1.0  # a first moment is kept in units of its root, and there is none
         assert (error <= relative * reference.p.abs() + floor).all(), (step, error.max())
     assert (p.detach() * g <= 0).all()
@@ -248,16 +248,14 @@ def test_8_bits_is_within_the_published_bounds(code, protocol, name, weight_deca
     mean_bound, relative_bound, max_bound = {
         "same state": (6e-9, 6e-8, 1.2e-7),
         "free state": (6e-5, 6e-4, LR),
-        "free": (2e-4, 1e-2, 2e-3) if code == "dynamic" else (5e-5, 2e-3, 1e-3),
+        "free": (2e-4, 1e-2, 2e-3) if code == "dynamic" else (1e-4, 4e-3, 1e-3),
     }[protocol]
     for seed in (0, 1):
         random = torch.Generator().manual_seed(seed)
         normal = partial(torch.randn, 512, 256, generator=random)
         start = normal() * 0.1
         ours, theirs = parameter(start), parameter(start)
-        q = getattr(qadam, f"{name}8bit")(
-            [ours], lr=LR, weight_decay=weight_decay, state_code=code
-        )
+        q = getattr(qadam, f"{name}8bit")([ours], lr=LR, weight_decay=weight_decay, state_code=code)
         t = getattr(torch.optim, name)([theirs], lr=LR, weight_decay=weight_decay)
         for step in range(50):
             if protocol != "free":
@@ -302,7 +300,9 @@ def test_gradients_five_decades_apart_within_a_block_do_not_explode(code, kind):
             reference.step(g)
             worst = max(worst, (p.detach() - before).abs().max().item())
             true_worst = max(true_worst, (reference.p - true_before).abs().max().item())
-        assert worst <= (2 if code == "dynamic" else 1.5) * true_worst, f"seed {seed}: update of {worst}, truly {true_worst}"
+        assert worst <= (2 if code == "dynamic" else 1.5) * true_worst, (
+            f"seed {seed}: update of {worst}, truly {true_worst}"
+        )
 
 
 @pytest.mark.parametrize("seed", [0, 1])

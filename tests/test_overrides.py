@@ -171,12 +171,20 @@ def test_an_override_changes_one_parameters_code(manager, code):
     train(1, optimizer)
     manager.override_config([params[1], others[2]], "state_code", code)
     train(1, optimizer)
-    assert [in_ratio(optimizer.state[p]) == (code == "ratio") for p in params] == [True, False, False]
+    assert [in_ratio(optimizer.state[p]) == (code == "ratio") for p in params] == [
+        True,
+        False,
+        False,
+    ]
     loaded = qadam.AdamW8bit(others, state_code=usual)
     loaded.load_state_dict(optimizer.state_dict())
     assert [in_ratio(loaded.state[p]) == (code == "ratio") for p in others] == [False, False, True]
     optimizer.load_state_dict(optimizer.state_dict())
-    assert [in_ratio(optimizer.state[p]) == (code == "ratio") for p in params] == [True, True, False]
+    assert [in_ratio(optimizer.state[p]) == (code == "ratio") for p in params] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_overridden_hyperparameters_are_those_of_a_group_of_its_own(manager):

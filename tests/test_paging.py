@@ -9,7 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CODES, SOFTWARE, WIDTHS, fingerprint, frozen, give_grads, same_bits, train, twins
+from conftest import (
+    CODES,
+    SOFTWARE,
+    WIDTHS,
+    fingerprint,
+    frozen,
+    give_grads,
+    same_bits,
+    train,
+    twins,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter

@@ -596,7 +596,8 @@ def test_every_format_becomes_every_other(old, new, old_layout, new_layout):
         old.bits == 8
         and old.code == new.code
         and not (ratio and old.amsgrad != new.amsgrad)
-        and same_place and (old.block_wise == new.block_wise or not old.block_wise)
+        and same_place
+        and (old.block_wise == new.block_wise or not old.block_wise)
     )
     for name in moments_of(new):
         if name not in moments_of(old):

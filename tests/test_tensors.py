@@ -140,7 +140,12 @@ def views(draw):
     return tuple(sizes), lambda big: big[tuple(cuts)].permute(order)
 
 
-@given(parameter=views(), seed=st.integers(0, 99), width=st.sampled_from(sorted(WIDTHS)), data=st.data())
+@given(
+    parameter=views(),
+    seed=st.integers(0, 99),
+    width=st.sampled_from(sorted(WIDTHS)),
+    data=st.data(),
+)
 @settings(deadline=None, max_examples=150)
 def test_any_view_gives_the_bits_of_a_contiguous_copy_in_its_memory_order(
     parameter, seed, width, data
