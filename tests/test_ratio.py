@@ -53,7 +53,7 @@ def one_thread():
 
 # The reference, from docs/state-format.md.
 
-F, I = np.float32, np.int32
+F, INT = np.float32, np.int32
 
 
 def roots(codes, low, high, top):
@@ -61,10 +61,10 @@ def roots(codes, low, high, top):
     if not F(2.0**-75) <= high < F(2.0**64):
         return np.zeros(len(codes), F)
     low = min(max(low, F(2.0**-75)), high)
-    low, high = (int(np.array(x, F).view(I)) for x in (low, high))
+    low, high = (int(np.array(x, F).view(INT)) for x in (low, high))
     step = F(high - low) * (F(1) / F(top - 1))
-    down = np.rint((top - codes).astype(F) * step).astype(I)
-    return np.where(codes == 0, F(0), (high - down).astype(I).view(F))
+    down = np.rint((top - codes).astype(F) * step).astype(INT)
+    return np.where(codes == 0, F(0), (high - down).astype(INT).view(F))
 
 
 def decoded(entry):
@@ -75,12 +75,12 @@ def decoded(entry):
     for start in range(0, codes[FIRST].size, BLOCK):
         part = slice(start, start + BLOCK)
         block = start // BLOCK if len(scales[FIRST]) > 1 else 0
-        first = codes[FIRST][part].astype(I)
-        second = 2 * codes[SECOND][part].astype(I) + first % 2
+        first = codes[FIRST][part].astype(INT)
+        second = 2 * codes[SECOND][part].astype(INT) + first % 2
         root = roots(second, *scales[SECOND][2 * block : 2 * block + 2], 511)
         values[SECOND][part] = root * root
         if LARGEST in codes:
-            largest = codes[LARGEST][part].astype(I)
+            largest = codes[LARGEST][part].astype(INT)
             root = roots(largest, *scales[LARGEST][2 * block : 2 * block + 2], 255)
             values[LARGEST][part] = root * root
         scale = scales[FIRST][block]
@@ -697,7 +697,7 @@ def rows(monkeypatch):
     ],
 )
 def test_it_stays_nearer_to_float64_than_the_dynamic_code(title, rows):
-    """The brief's bounds, which ``make accuracy`` measures at length; here about a fifth of them."""
+    """The bounds of ``make accuracy``, which measures at length; here it is a third of them."""
     params, _, worst = race(rows[title].draw(1, 4096, 300), 300, 4096)
     errors = {
         code: (params[code].detach().double() - params["exact"].detach()).abs().mean()
@@ -854,7 +854,7 @@ def test_equal_elements_are_rounded_each_by_itself_and_differently_at_every_step
         p.grad[:, 0], p.grad[:, 1] = 10.0, 1e-3  # ends of the range
         optimizer.step()
         entry = optimizer.state[p]
-        seen.append((2 * entry["exp_avg_sq_code"].int() + (entry["exp_avg_code"].int() & 1)))
+        seen.append(2 * entry["exp_avg_sq_code"].int() + (entry["exp_avg_code"].int() & 1))
     assert 2 <= len(seen[-1][0, 2:].unique()) <= 8
     assert len({fingerprint(row)[3] for row in seen[-1]}) == 4, "blocks differ, too"
     rises = [new > old for old, new in itertools.pairwise(codes[0, 2:] for codes in seen)]

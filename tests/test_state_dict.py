@@ -509,7 +509,7 @@ def random_entry(p, stored, seed=0):
         decades = 10 ** (-8 * torch.rand(p.shape, generator=generator))
         return torch.randn(p.shape, generator=generator) * decades * there
 
-    # in training there is no first moment without a second one, nor a larger second one than the third
+    # as in training: no first moment without a second one, no second one above the third
     there = torch.rand(p.shape, generator=generator) > 0.1
     entry = {"step": torch.tensor(7.0), "exp_avg": values(there), "exp_avg_sq": values(there).abs()}
     largest = torch.maximum(values(there).abs(), entry["exp_avg_sq"])
