@@ -9,6 +9,8 @@ from torch.nn import Parameter
 
 import qadam
 from qadam import _core
+from qadam.codes import RATIO, Coded
+from qadam.layout import code_of, moments, row_major
 
 if "QADAM_TEST_NO_EXCHANGE" in os.environ:
     # as if torch had none: its tensors are then read by their attributes
@@ -101,20 +103,76 @@ def train(steps, *optimizers, first=0):
             optimizer.step()
 
 
+WIDTHS = {
+    "32": {"optim_bits": 32},
+    "dynamic": {"optim_bits": 8, "state_code": "dynamic"},
+    "ratio": {"optim_bits": 8, "state_code": "ratio"},
+}
+"""Options for each way that state can be stored: at 32 bits, and at 8 in either code."""
+
+CODES = ["dynamic", "ratio"]
+"""The 8-bit codes, by name."""
+
+
+def in_ratio(entry):
+    """Whether a state entry is in the ratio code."""
+    return code_of(entry) is RATIO
+
+
+def scale_key(entry, name):
+    """The key of the scales of a moment that is coded."""
+    return f"{name}_range" if in_ratio(entry) and name != "exp_avg" else f"{name}_scale"
+
+
+def _dynamic_scales(entry, name):
+    """The scale of each element, flat."""
+    scale, count = entry[f"{name}_scale"], entry[f"{name}_code"].numel()
+    return scale.expand(count) if len(scale) == 1 else scale.repeat_interleave(BLOCK)[:count]
+
+
+def _ratio_values(entry):
+    """All moments of an entry in the ratio code; test_ratio.py has a decoder of its own."""
+    coded = {n: Coded(entry[f"{n}_code"], entry[scale_key(entry, n)]) for n, _ in moments(entry)}
+    return RATIO.decode(coded, row_major(entry["exp_avg_code"].shape))
+
+
 def state_values(entry, name):
-    """The moment ``name`` of a contiguous parameter's state as float32, whatever its width."""
+    """The moment ``name`` of a contiguous parameter's state as float32, however it is stored."""
     if name in entry:
         return entry[name]
-    code, scale = entry[f"{name}_code"], entry[f"{name}_scale"]
+    if in_ratio(entry):
+        return _ratio_values(entry)[name]
+    code = entry[f"{name}_code"]
     table = torch.tensor(_core.dynamic_map(name == "exp_avg"))
-    scales = scale.repeat_interleave(BLOCK)[: code.numel()]
-    return (table[code.long()].flatten() * scales).reshape(code.shape)
+    return (table[code.long()].flatten() * _dynamic_scales(entry, name)).reshape(code.shape)
 
 
 def code_step(entry, name):
-    """The distance from each code to its farther neighbour, times its scale: one code step."""
-    code, scale = entry[f"{name}_code"].long().flatten(), entry[f"{name}_scale"]
+    """The distance from each code to its farther neighbour, in values: one code step, flat."""
+    if in_ratio(entry):
+        return _ratio_step(entry, name).flatten()
+    code = entry[f"{name}_code"].long().flatten()
     table = torch.tensor(_core.dynamic_map(name == "exp_avg"))
     up = table[(code + 1).clamp(max=255)] - table[code]
     down = table[code] - table[(code - 1).clamp(min=0)]
-    return torch.maximum(up, down) * scale.repeat_interleave(BLOCK)[: code.numel()]
+    return torch.maximum(up, down) * _dynamic_scales(entry, name)
+
+
+def _ratio_step(entry, name):
+    values = _ratio_values(entry)
+    if name == "exp_avg":  # a cell in units of the root that divides
+        scale, shape = entry["exp_avg_scale"], values[name].shape
+        count = values[name].numel()
+        each = scale.expand(count) if len(scale) == 1 else scale.repeat_interleave(BLOCK)[:count]
+        return each.reshape(shape) / 63 * values.get("max_exp_avg_sq", values["exp_avg_sq"]).sqrt()
+    first, byte = entry["exp_avg_code"].int(), entry[f"{name}_code"].int()
+    is_second = name == "exp_avg_sq"
+    code, top = (2 * byte + (first & 1), 511) if is_second else (byte, 255)
+    found = []
+    for by in (1, -1):
+        other = (code + by).clamp(0, top)
+        moved = {**entry, f"{name}_code": (other >> is_second).byte()}
+        if is_second:
+            moved["exp_avg_code"] = ((first & ~1) | (other & 1)).byte()
+        found.append((_ratio_values(moved)[name] - values[name]).abs())
+    return torch.maximum(*found)

@@ -53,6 +53,7 @@ SETTINGS = {
     "extreme": dict(lr=1e3, betas=(0.0, 0.5), eps=1e-30),
     "clipped": dict(max_grad_norm=3.0, percentile_clipping=20,
                     args=SimpleNamespace(max_unorm=0.1, skip_zeros=True)),
+    "amsgrad": dict(amsgrad=True, weight_decay=0.3),
     "one scale": dict(block_wise=False, weight_decay=0.3, nonfinite="propagate",
                       percentile_clipping=60, args=SimpleNamespace(max_unorm=1e-3)),
 }
@@ -67,15 +68,18 @@ for p_dtype, g_dtype in itertools.product(DTYPES, DTYPES):
             of_step.append(make(60 * 70, g_dtype).view(70, 60))
         CASES.append((f"{p_dtype} {g_dtype} {kind}"[:60], values, grads))
 
-def hashes(settings, bits):
+def hashes(settings, width):
+    bits, _, code = width.partition(" ")
     digests = {}
     for name in settings:
         cls = qadam.AdamW if name == "AdamW" else qadam.Adam
-        for case, values, grads in CASES:
+        # a quarter will do for the ratio code: each kind, and all dtypes
+        for case, values, grads in CASES[:: 4 if code == "ratio" else 1]:
             params = [v.clone().requires_grad_() for v in values]
             for p in params:
                 p.grad_dtype = None
-            o = cls(params, optim_bits=bits, min_8bit_size=0, **SETTINGS[name])
+            options = dict(SETTINGS[name], **({"state_code": code} if code else {}))
+            o = cls(params, optim_bits=int(bits), min_8bit_size=0, **options)
             for of_step in grads:
                 for p, g in zip(params, of_step):
                     p.grad = g
@@ -88,7 +92,7 @@ def hashes(settings, bits):
                     digest.update(raw.numpy().tobytes())
             if o.grad_norm is not None:
                 digest.update(o.grad_norm.numpy().tobytes())
-            digests[f"{bits}-bit {name} {case}"] = digest.hexdigest()[:16] + f" {o.nonfinite_count}"
+            digests[f"{width} {name} {case}"] = digest.hexdigest()[:16] + f" {o.nonfinite_count}"
     return digests
 
 import warnings
@@ -99,8 +103,8 @@ def configuration(threads, flush, settings):
     torch.set_num_threads(threads)
     torch.set_flush_denormal(flush)
     digests = {}
-    for bits in (32, 8):
-        digests.update(hashes(settings, bits))
+    for width in ("32", "8 dynamic", "8 ratio"):
+        digests.update(hashes(settings, width))
     names = [open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")]
     flushes = float(torch.tensor([1e-40]) * 1) == 0
     return {
@@ -142,7 +146,7 @@ for line in sys.stdin:
 """
 
 FEW = ["AdamW", "clipped", "one scale"]
-ALL = [*FEW, "Adam", "AdamL2", "propagate", "extreme"]
+ALL = [*FEW, "Adam", "AdamL2", "amsgrad", "propagate", "extreme"]
 
 
 Environment = dict[str, str]

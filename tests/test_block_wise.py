@@ -9,7 +9,17 @@ import pickle
 
 import pytest
 import torch
-from conftest import fingerprint, frozen, same_bits, train, twins
+from conftest import (
+    CODES,
+    code_step,
+    fingerprint,
+    frozen,
+    same_bits,
+    scale_key,
+    state_values,
+    train,
+    twins,
+)
 from torch.nn import Parameter
 
 import qadam
@@ -21,6 +31,7 @@ NAMES = [cls.__name__ for cls in CLASSES]
 SHAPES = [(110, 100), (100,), (256,), (70, 60), ()]
 """The first is paged, if anything is; the second, third and last differ in nothing but the key."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EACH_CODE = pytest.mark.parametrize("code", CODES)
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +54,12 @@ def states(optimizer):
 def scales(optimizer):
     """How many scales each parameter's moments have; None at 32 bits."""
     return [
-        {len(e[f"{name}_scale"]) for name in MOMENTS} if "exp_avg_code" in e else None
+        {
+            len(e[scale_key(e, name)]) // (2 if scale_key(e, name).endswith("_range") else 1)
+            for name in MOMENTS
+        }
+        if "exp_avg_code" in e
+        else None
         for e in optimizer.state.values()
     ]
 
@@ -56,15 +72,6 @@ def is_paged(optimizer):
     return [paging.is_paged(entry) for entry in optimizer.state.values()]
 
 
-def decoded(entry, name):
-    if name in entry:
-        return entry[name]
-    codes, scale = entry[f"{name}_code"], entry[f"{name}_scale"]
-    table = torch.tensor(_core.dynamic_map(name == "exp_avg"))
-    each = scale if len(scale) == 1 else scale.repeat_interleave(256)[: codes.numel()]
-    return (table[codes.long()].flatten() * each).reshape(codes.shape)
-
-
 WHOLE = [{1}] * len(SHAPES)
 BLOCKS = [{43}, {1}, {1}, {17}, {1}]
 
@@ -72,9 +79,10 @@ BLOCKS = [{43}, {1}, {1}, {17}, {1}]
 @pytest.mark.parametrize("new", [True, False], ids=["to blocks", "to one scale"])
 @pytest.mark.parametrize("old", [True, False], ids=["of blocks", "of one scale"])
 @pytest.mark.parametrize("cls", CLASSES, ids=NAMES)
-def test_state_loads_across_the_numbers_of_scales(cls, old, new):
-    source, _ = stepped(qadam.AdamW8bit, block_wise=old)
-    target, params = stepped(cls, steps=1, block_wise=new)
+@EACH_CODE
+def test_state_loads_across_the_numbers_of_scales(code, cls, old, new):
+    source, _ = stepped(qadam.AdamW8bit, block_wise=old, state_code=code)
+    target, params = stepped(cls, steps=1, block_wise=new, state_code=code)
     saved = copy.deepcopy(source.state_dict())
     target.load_state_dict(source.state_dict())
     narrow = "8bit" in cls.__name__
@@ -85,10 +93,13 @@ def test_state_loads_across_the_numbers_of_scales(cls, old, new):
         entry, theirs = target.state[p], saved["state"][number]
         is_exact = not narrow or old == new or not old or p.numel() <= 256
         for name in MOMENTS:
-            a, b = decoded(theirs, name), decoded(entry, name)
+            a, b = state_values(theirs, name), state_values(entry, name)
             if not is_exact:
-                assert entry[f"{name}_scale"] == a.abs().max()
-                assert ((a - b).abs() <= 0.0071 * a.abs().max()).all()
+                if scale_key(entry, name).endswith("_range"):
+                    assert entry[scale_key(entry, name)][1].square() == a.max()
+                elif code == "dynamic":
+                    assert entry[f"{name}_scale"] == a.abs().max()
+                assert ((a - b).abs().flatten() <= code_step(entry, name) * (1 + 1e-6)).all()
                 continue
             assert same_bits(a, b)
             if narrow:
@@ -98,8 +109,9 @@ def test_state_loads_across_the_numbers_of_scales(cls, old, new):
 
 
 @pytest.mark.parametrize("cls", [qadam.AdamW8bit, qadam.PagedAdamW8bit, qadam.PagedAdam])
-def test_what_was_saved_goes_on_bit_for_bit(cls):
-    options = {"block_wise": False, "percentile_clipping": 20, "optim_bits": 8}
+@EACH_CODE
+def test_what_was_saved_goes_on_bit_for_bit(code, cls):
+    options = {"block_wise": False, "percentile_clipping": 20, "optim_bits": 8, "state_code": code}
     a, mine = stepped(cls, 5, **options)
     buffer = io.BytesIO()
     torch.save(a.state_dict(), buffer)
@@ -116,8 +128,10 @@ def test_what_was_saved_goes_on_bit_for_bit(cls):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("cls", [qadam.Adam8bit, qadam.PagedAdamW8bit, qadam.PagedAdamW])
-def test_copies_keep_the_scale_and_the_norms(cls, amsgrad, duplicate):
-    optimizer, _ = stepped(cls, block_wise=False, percentile_clipping=30, amsgrad=amsgrad)
+@EACH_CODE
+def test_copies_keep_the_scale_and_the_norms(code, cls, amsgrad, duplicate):
+    options = {"block_wise": False, "percentile_clipping": 30, "amsgrad": amsgrad}
+    optimizer, _ = stepped(cls, state_code=code, **options)
     twin = duplicate(optimizer)
     assert states(twin) == states(optimizer)
     assert scales(twin) == scales(optimizer) == (WHOLE if "8bit" in cls.__name__ else [None] * 5)
@@ -148,9 +162,11 @@ def test_norms_are_loaded_by_those_that_clip_and_begin_anew_where_there_are_none
     assert norms(b) == [None] * len(SHAPES)
 
 
-def test_damaged_norms_are_refused_and_the_optimizer_is_as_before():
-    source, _ = stepped(qadam.AdamW8bit, block_wise=False, percentile_clipping=50)
-    target, _ = stepped(qadam.AdamW8bit, steps=2, block_wise=False, percentile_clipping=50)
+@EACH_CODE
+def test_damaged_norms_are_refused_and_the_optimizer_is_as_before(code):
+    options = {"block_wise": False, "percentile_clipping": 50, "state_code": code}
+    source, _ = stepped(qadam.AdamW8bit, **options)
+    target, _ = stepped(qadam.AdamW8bit, steps=2, **options)
     before = frozen(target)
     for bad in (torch.full((100,), torch.nan), -torch.ones(100), torch.ones(99), 3, None):
         saved = copy.deepcopy(source.state_dict())
@@ -160,15 +176,18 @@ def test_damaged_norms_are_refused_and_the_optimizer_is_as_before():
         assert frozen(target) == before
 
 
-def test_exports_of_state_with_one_scale_come_back():
-    options = {"block_wise": False, "percentile_clipping": 50}
+@EACH_CODE
+def test_exports_of_state_with_one_scale_come_back(code):
+    """To bitsandbytes only the dynamic code as it is."""
+    options = {"block_wise": False, "percentile_clipping": 50, "state_code": code}
     optimizer, _ = stepped(qadam.AdamW8bit, **options)
     again, _ = stepped(qadam.AdamW8bit, steps=0, **options)
     saved = to_bitsandbytes(optimizer.state_dict())
     again.load_state_dict(saved)
-    assert states(again) == states(optimizer)
+    assert scales(again) == scales(optimizer) == WHOLE
+    assert (states(again) == states(optimizer)) == (code == "dynamic")
     wide, _ = stepped(qadam.AdamW, steps=0)
     wide.load_state_dict(to_torch(optimizer.state_dict()))
     for entry, own in zip(wide.state.values(), optimizer.state.values(), strict=True):
         for name in MOMENTS:
-            assert same_bits(entry[name], decoded(own, name))
+            assert same_bits(entry[name], state_values(own, name))

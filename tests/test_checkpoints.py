@@ -10,7 +10,18 @@ import bitsandbytes
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import BLOCK, code_step, fingerprint, frozen, same_bits, train, twins
+from conftest import (
+    BLOCK,
+    CODES,
+    code_step,
+    fingerprint,
+    frozen,
+    in_ratio,
+    same_bits,
+    state_values,
+    train,
+    twins,
+)
 from torch.distributed.checkpoint import state_dict as tools
 from torch.nn import Parameter
 
@@ -44,6 +55,15 @@ def trained(cls, steps=20, shapes=SHAPES, **options):
     return optimizer, params
 
 
+def dynamic8(params, **options):
+    """The class whose codes bitsandbytes' are."""
+    return qadam.AdamW8bit(params, state_code="dynamic", **options)
+
+
+def ratio8(params, **options):
+    return qadam.AdamW8bit(params, state_code="ratio", **options)
+
+
 def flat(entry):
     """An entry of bitsandbytes, unwrapped."""
     return {**{k: v for k, v in entry.items() if k != WRAPPED}, **entry.get(WRAPPED, {})}
@@ -58,6 +78,8 @@ def numbers(entry, name):
     """A moment of an entry of any format, of a contiguous parameter, as float32."""
     if name in entry:
         return entry[name]
+    if in_ratio(entry):
+        return state_values(entry, name)
     if f"{name}_code" in entry:
         codes, scales = entry[f"{name}_code"], entry[f"{name}_scale"]
         table, block = torch.tensor(_core.dynamic_map(name == "exp_avg")), BLOCK
@@ -89,6 +111,7 @@ THEIRS = {
     **{f"bnb.{name}": (getattr(bitsandbytes.optim, name), {}) for name in NAMES},
     **{f"qadam.{name}": (getattr(qadam, name), {}) for name in NAMES},
     "bnb.AdamW at 8": (bitsandbytes.optim.AdamW, {"optim_bits": 8}),
+    "qadam.AdamW8bit, ratio": (qadam.AdamW8bit, {"state_code": "ratio"}),
 }
 
 
@@ -106,12 +129,16 @@ def checkpoints():
     return get
 
 
-@pytest.mark.parametrize("target", CLASSES, ids=NAMES)
+@pytest.mark.parametrize(
+    ("target", "code"),
+    [*((cls, "dynamic") for cls in CLASSES), (qadam.AdamW8bit, "ratio")],
+    ids=[*NAMES, "AdamW8bit, ratio"],
+)
 @pytest.mark.parametrize("source", THEIRS)
-def test_every_class_loads_every_checkpoint(source, target, checkpoints):
+def test_every_class_loads_every_checkpoint(source, target, code, checkpoints):
     saved = checkpoints(source)
     params = twins(*SHAPES, n=1)[0]
-    optimizer = target(params)
+    optimizer = target(params, state_code=code)
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 0.01
     assert not {"alpha", "t_alpha", "t_beta3", "qadam_format"} & optimizer.param_groups[0].keys()
@@ -154,7 +181,7 @@ def test_at_8_bits_each_of_the_next_20_steps_is_theirs_to_a_code_step(paged):
     theirs, old = trained(getattr(bitsandbytes.optim, f"{paged}AdamW8bit"), weight_decay=0.1)
     for number in range(20, 40):
         params = copied(old)
-        ours = getattr(qadam, f"{paged}AdamW8bit")(params)
+        ours = getattr(qadam, f"{paged}AdamW8bit")(params, state_code="dynamic")
         ours.load_state_dict(theirs.state_dict())
         train(1, theirs, ours, first=number)
         for p, q in zip(old, params, strict=True):
@@ -171,7 +198,7 @@ def test_at_8_bits_each_of_the_next_20_steps_is_theirs_to_a_code_step(paged):
 def test_at_8_bits_20_steps_on_their_own_part_less_than_either_from_exact_state():
     """Where two encoders round apart, errors stay; they do not add up."""
     theirs, old = trained(bitsandbytes.optim.AdamW8bit, weight_decay=0.1)
-    ours, exact = qadam.AdamW8bit(copied(old)), qadam.AdamW32bit(copied(old))
+    ours, exact = dynamic8(copied(old)), qadam.AdamW32bit(copied(old))
     for optimizer in (ours, exact):
         optimizer.load_state_dict(theirs.state_dict())
     train(20, theirs, ours, exact, first=20)
@@ -194,7 +221,7 @@ def test_codes_of_bitsandbytes_are_taken_over_bit_for_bit(name, form, checkpoint
     given = saved if form == "wrapped" else flattened(saved)
     before = copy.deepcopy(given)
     params = twins(*SHAPES, n=1)[0]
-    optimizer = qadam.AdamW8bit(params)
+    optimizer = dynamic8(params)
     optimizer.load_state_dict(given)
     for number in (0, 2, 4):
         entry, theirs = optimizer.state[params[number]], flat(saved["state"][number])
@@ -358,7 +385,7 @@ def test_one_scale_and_norms_go_to_bitsandbytes_which_goes_on(checkpoints):
     theirs = bitsandbytes.optim.AdamW8bit(params)
     theirs.load_state_dict(written)
     mine = copied(params)
-    reference = qadam.AdamW8bit(mine)
+    reference = dynamic8(mine)
     reference.load_state_dict(to_bitsandbytes(ours) | {"param_groups": [saved["param_groups"][0]]})
     train(1, theirs, reference)
     for p, q in zip(params, mine, strict=True):
@@ -371,7 +398,7 @@ def test_one_scale_of_another_memory_order_goes_to_bitsandbytes_code_for_code():
     p = Parameter(torch.randn(8, 6, 10, 12).contiguous(memory_format=torch.channels_last))
     moments = {"step": 1, "exp_avg": torch.randn(p.shape), "exp_avg_sq": torch.rand(p.shape)}
     entry = qstate.fit(moments, p, qstate.Format(8, block_wise=False), "p")
-    group = qadam.AdamW8bit([p]).state_dict()["param_groups"]
+    group = dynamic8([p]).state_dict()["param_groups"]
     written = to_bitsandbytes({"state": {0: entry}, "param_groups": group})["state"][0]
     for i, key in MOMENTS.items():
         assert written[f"state{i}"].is_contiguous()
@@ -416,7 +443,7 @@ def test_damaged_norms_stop_only_who_wants_them(form, checkpoints):
         with pytest.raises(ValueError, match=f"parameter 0: {words}"):
             to_bitsandbytes(saved)
         to_torch(saved)
-        optimizer = qadam.AdamW8bit(params)
+        optimizer = dynamic8(params)
         optimizer.load_state_dict(saved)
         assert "gnorm_vec" not in optimizer.state[params[0]]
 
@@ -424,7 +451,7 @@ def test_damaged_norms_stop_only_who_wants_them(form, checkpoints):
 def test_codes_of_bitsandbytes_move_to_another_memory_order():
     theirs, (p,) = trained(bitsandbytes.optim.AdamW8bit, 5, [(8, 6, 10, 12)])
     q = Parameter(p.detach().clone().contiguous(memory_format=torch.channels_last))
-    ours = qadam.AdamW8bit([q])
+    ours = dynamic8([q])
     ours.load_state_dict(theirs.state_dict())
     entry = ours.state[q]
     assert entry["memory_order"].tolist() == [0, 2, 3, 1]
@@ -452,7 +479,7 @@ def test_state_of_bitsandbytes_whose_order_cannot_be_known_is_refused(checkpoint
     train(1, theirs)
     assert p.is_contiguous()
     assert not theirs.state[p]["state1"].is_contiguous()
-    ours = qadam.AdamW8bit(copied([p]))
+    ours = dynamic8(copied([p]))
     with pytest.raises(ValueError, match=r"parameter 0: 'state1' has strides .*contiguous"):
         ours.load_state_dict(theirs.state_dict())
 
@@ -472,9 +499,9 @@ def test_the_documented_way_to_say_which_order_works():
     for key in ("state1", "state2"):
         quant[key] = quant[key].as_strided(p.shape, strides)
     exec(documented("Say which"), {"torch": torch, "state_dict": saved})  # noqa: S102
-    ours = qadam.AdamW8bit(copied([p]))
+    ours = dynamic8(copied([p]))
     ours.load_state_dict(saved)
-    reference = qadam.AdamW8bit(copied([p]))
+    reference = dynamic8(copied([p]))
     reference.load_state_dict(theirs.state_dict())
     assert frozen(ours)[1] == frozen(reference)[1]
 
@@ -497,7 +524,7 @@ def test_the_documented_map_is_the_map():
 
 def test_the_documented_order_of_blocks_is_the_order():
     p = Parameter(torch.randn(4, 3, 10, 7).contiguous(memory_format=torch.channels_last))
-    ours = qadam.AdamW8bit([p], min_8bit_size=0, betas=(0.0, 0.0))
+    ours = dynamic8([p], min_8bit_size=0, betas=(0.0, 0.0))
     train(1, ours)
     entry = ours.state[p]
     names = {"codes": entry["exp_avg_code"], "memory_order": entry["memory_order"].tolist()}
@@ -513,7 +540,7 @@ def test_paged_state_stays_paged_whoever_wrote_it():
     for cls in (bitsandbytes.optim.AdamW8bit, torch.optim.AdamW, qadam.AdamW8bit):
         theirs, old = trained(cls, 2, [(100_000,), (50,)])
         params = copied(old)
-        ours = qadam.PagedAdamW8bit(params)
+        ours = qadam.PagedAdamW8bit(params, state_code="dynamic")
         ours.load_state_dict(theirs.state_dict())
         mapped = ours.memory()["mapped"]
         assert (mapped["state"], mapped["scales"]) == (200_000, 2 * 4 * 391)
@@ -555,8 +582,9 @@ OURS = [qadam.AdamW, qadam.AdamW8bit, qadam.PagedAdamW8bit]
 
 @pytest.mark.parametrize("cls", OURS)
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
-def test_torch_loads_our_export_and_continues(cls, options):
-    ours, params = trained(cls, weight_decay=0.1)
+@pytest.mark.parametrize("code", CODES)
+def test_torch_loads_our_export_and_continues(code, cls, options):
+    ours, params = trained(cls, weight_decay=0.1, state_code=code)
     theirs_params = copied(params)
     theirs = torch.optim.AdamW(theirs_params, **options)
     saved = to_torch(ours.state_dict())
@@ -576,7 +604,7 @@ def test_torch_loads_our_export_and_continues(cls, options):
 def test_an_export_has_the_memory_order_of_the_state():
     p = Parameter(torch.randn(8, 6, 10, 12).contiguous(memory_format=torch.channels_last))
     q = Parameter(p.detach().clone())
-    ours, theirs = qadam.AdamW8bit([p]), torch.optim.AdamW([q], fused=True)
+    ours, theirs = dynamic8([p]), torch.optim.AdamW([q], fused=True)
     train(3, ours)
     theirs.load_state_dict(to_torch(ours.state_dict()))
     assert theirs.state[q]["exp_avg"].stride() == q.stride()
@@ -585,7 +613,7 @@ def test_an_export_has_the_memory_order_of_the_state():
 @pytest.mark.parametrize("cls", OURS[:2])
 @pytest.mark.parametrize("bits", [None, 8, 32])
 def test_bitsandbytes_loads_our_export_and_continues(cls, bits):
-    ours, params = trained(cls, weight_decay=0.1)
+    ours, params = trained(cls, weight_decay=0.1, state_code="dynamic")
     saved = to_bitsandbytes(ours.state_dict(), optim_bits=bits)
     narrow = bits == 8 or (bits is None and "8bit" in cls.__name__)
     old = copied(params)
@@ -593,7 +621,7 @@ def test_bitsandbytes_loads_our_export_and_continues(cls, bits):
     assert saved["param_groups"][0].keys() == theirs.state_dict()["param_groups"][0].keys()
     theirs.load_state_dict(saved)
     fresh = copied(params)
-    reference = getattr(qadam, "AdamW8bit" if narrow else "AdamW32bit")(fresh)
+    reference = getattr(qadam, "AdamW8bit" if narrow else "AdamW32bit")(fresh, state_code="dynamic")
     reference.load_state_dict(ours.state_dict())
     for number in range(20, 40):
         train(1, theirs, reference, first=number)
@@ -616,7 +644,7 @@ def test_bitsandbytes_loads_our_export_and_continues(cls, bits):
 
 
 def test_codes_go_to_bitsandbytes_and_back_bit_for_bit():
-    ours, params = trained(qadam.AdamW8bit)
+    ours, params = trained(dynamic8)
     saved = to_bitsandbytes(ours.state_dict())
     assert saved["state"][0]["step"] == 20
     assert type(saved["state"][0]["step"]) is int
@@ -624,7 +652,7 @@ def test_codes_go_to_bitsandbytes_and_back_bit_for_bit():
     torch.testing.assert_close(saved["state"][0]["qmap2"], own, rtol=1.5e-7, atol=0)
     theirs = bitsandbytes.optim.AdamW8bit(copied(params))
     theirs.load_state_dict(saved)
-    again = qadam.AdamW8bit(copied(params))
+    again = dynamic8(copied(params))
     again.load_state_dict(theirs.state_dict())
     assert frozen(again)[1] == frozen(ours)[1]
 
@@ -656,7 +684,7 @@ def test_exports_keep_what_schedulers_put_into_groups_and_numbers_given_as_tenso
 
 
 def test_exports_refuse_what_the_other_package_cannot_do():
-    ours, _ = trained(qadam.AdamW8bit, 1)
+    ours, _ = trained(dynamic8, 1)
     saved = ours.state_dict()
     with pytest.raises(ValueError, match=r"optim_bits must be 32, 8 or None, got 4"):
         to_bitsandbytes(saved, optim_bits=4)
@@ -675,7 +703,7 @@ def test_exports_refuse_what_the_other_package_cannot_do():
 
 
 def test_each_group_of_a_state_dict_has_the_version_and_the_optimizer_does_not():
-    ours, params = trained(qadam.AdamW8bit, 1)
+    ours, params = trained(dynamic8, 1)
     assert [group["qadam_format"] for group in ours.state_dict()["param_groups"]] == [1]
     assert "qadam_format" not in ours.param_groups[0]
     theirs = torch.optim.AdamW(copied(params))
@@ -794,7 +822,7 @@ def test_a_damaged_dict_of_bitsandbytes_is_refused_by_key(bits, name, into, wrap
         for entry in saved["state"].values():
             inner = {key: entry.pop(key) for key in list(entry) if key != "step"}
             entry[WRAPPED] = inner
-    optimizer, _ = trained(qadam.AdamW, 2, optim_bits=into)
+    optimizer, _ = trained(qadam.AdamW, 2, optim_bits=into, state_code="dynamic")
     before = frozen(optimizer)
     with pytest.raises(ValueError, match="parameter 0") as caught:
         optimizer.load_state_dict(saved)
@@ -817,12 +845,12 @@ def test_state_of_a_parameter_that_no_group_lists_is_refused(source, checkpoints
 def test_another_optimizer_of_bitsandbytes_is_refused():
     theirs, old = trained(bitsandbytes.optim.Lion8bit, 1)
     with pytest.raises(ValueError, match="parameter 0: the state has no 'state2'"):
-        qadam.AdamW8bit(copied(old)).load_state_dict(theirs.state_dict())
+        dynamic8(copied(old)).load_state_dict(theirs.state_dict())
 
 
 @pytest.mark.parametrize("cut", [0.0, 0.5, 0.99])
 def test_a_truncated_file_is_an_error_and_the_optimizer_is_as_before(cut, tmp_path):
-    optimizer, _ = trained(qadam.AdamW8bit, 2)
+    optimizer, _ = trained(qadam.AdamW8bit, 2, state_code="ratio")
     path = tmp_path / "state.pt"
     torch.save(optimizer.state_dict(), path)
     whole = path.read_bytes()
@@ -842,7 +870,8 @@ def test_a_truncated_file_is_an_error_and_the_optimizer_is_as_before(cut, tmp_pa
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("is_flat", [False, True])
 @pytest.mark.parametrize(
-    ("source", "target"), [*((cls, cls) for cls in OURS[:2]), (torch.optim.AdamW, qadam.AdamW)]
+    ("source", "target"),
+    [*((cls, cls) for cls in (qadam.AdamW, dynamic8, ratio8)), (torch.optim.AdamW, qadam.AdamW)],
 )
 def test_distributed_checkpoints_keep_the_state(source, target, is_flat, tmp_path):
     options = tools.StateDictOptions(flatten_optimizer_state_dict=is_flat)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ADAMS, frozen, give_grads, same_bits, train, twins
+from conftest import ADAMS, CODES, WIDTHS, frozen, give_grads, same_bits, state_values, train, twins
 from torch.amp import GradScaler
 from torch.nn import Parameter
 
@@ -16,15 +16,17 @@ FLAGS = [
     {"amsgrad": True, "maximize": True, "weight_decay": 0.1},
 ]
 TORCH = {qadam.Adam: torch.optim.Adam, qadam.AdamW: torch.optim.AdamW}
+EACH_WIDTH = pytest.mark.parametrize("width", WIDTHS)
+EACH_CODE = pytest.mark.parametrize("code", CODES)
 
 
-def errors(steps, cls, options, bits=32):
+def errors(steps, cls, options, width="32"):
     """Largest errors of qadam's and of torch's f32 parameters against torch in float64."""
     ours, theirs, exact = twins((700,), (30, 50), n=3)
     for param in exact:
         param.data = param.data.double()
     optimizers = [
-        cls(ours, lr=1e-2, optim_bits=bits, min_8bit_size=0, **options),
+        cls(ours, lr=1e-2, min_8bit_size=0, **WIDTHS[width], **options),
         TORCH[cls](theirs, lr=1e-2, **options),
         TORCH[cls](exact, lr=1e-2, **options),
     ]
@@ -56,16 +58,18 @@ def test_adam_takes_decoupled_decay_as_torch_does(cls):
     assert mine <= 1.2 * torchs + 1e-7
     ours, theirs = twins((300,), (400,))
     options = {"lr": 0.01, "weight_decay": 0.3}
-    decoupled = qadam.Adam8bit([{"params": ours, "decoupled_weight_decay": True}], **options)
-    train(4, decoupled, qadam.AdamW8bit(theirs, **options))
-    assert all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True))
+    for code in CODES:
+        options |= {"state_code": code, "min_8bit_size": 350}
+        decoupled = qadam.Adam8bit([{"params": ours, "decoupled_weight_decay": True}], **options)
+        train(4, decoupled, qadam.AdamW8bit(theirs, **options))
+        assert all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("bits", [32, 8])
-def test_maximizing_is_descending_the_negated_gradient(bits):
+@EACH_WIDTH
+def test_maximizing_is_descending_the_negated_gradient(width):
     ours, theirs = twins((300,), (5000,))
-    up = qadam.Adam(ours, maximize=True, optim_bits=bits, weight_decay=0.1)
-    down = qadam.Adam(theirs, optim_bits=bits, weight_decay=0.1)
+    up = qadam.Adam(ours, maximize=True, weight_decay=0.1, **WIDTHS[width])
+    down = qadam.Adam(theirs, weight_decay=0.1, **WIDTHS[width])
     for seed in range(4):
         give_grads(ours, theirs, seed=seed)
         for param in theirs:
@@ -78,37 +82,37 @@ def test_maximizing_is_descending_the_negated_gradient(bits):
 # AMSGrad.
 
 
-@pytest.mark.parametrize("bits", [32, 8])
-def test_amsgrad_remembers_the_largest_second_moment(bits):
+@EACH_WIDTH
+def test_amsgrad_remembers_the_largest_second_moment(width):
     (param,), _ = twins(5000)
-    optimizer = qadam.Adam([param], amsgrad=True, optim_bits=bits)
+    optimizer = qadam.Adam([param], amsgrad=True, **WIDTHS[width])
     param.grad = torch.full_like(param, 100.0)
     optimizer.step()
     entry = optimizer.state[param]
-    key = "max_exp_avg_sq" if bits == 32 else "max_exp_avg_sq_code"
+    key = "max_exp_avg_sq" if width == "32" else "max_exp_avg_sq_code"
     high = entry[key].clone()
     for seed in range(1, 20):
         give_grads([param], seed=seed, scale=1e-3)
         optimizer.step()
     assert same_bits(entry[key], high)
-    second = entry["exp_avg_sq" if bits == 32 else "exp_avg_sq_scale"]
-    assert (second < entry["max_exp_avg_sq" if bits == 32 else "max_exp_avg_sq_scale"]).all()
+    assert (state_values(entry, "exp_avg_sq") < state_values(entry, "max_exp_avg_sq")).all()
 
 
-def test_amsgrad_at_8_bits_stays_near_32_bits():
-    mine, _ = errors(50, qadam.AdamW, {"amsgrad": True}, bits=8)
-    plain, _ = errors(50, qadam.AdamW, {}, bits=8)
+@EACH_CODE
+def test_amsgrad_at_8_bits_stays_near_32_bits(code):
+    mine, _ = errors(50, qadam.AdamW, {"amsgrad": True}, code)
+    plain, _ = errors(50, qadam.AdamW, {}, code)
     assert mine <= 1.5 * plain
 
 
 @pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("bits", [32, 8])
-def test_amsgrads_state_is_saved_copied_and_paged(bits, paged):
+@EACH_WIDTH
+def test_amsgrads_state_is_saved_copied_and_paged(width, paged):
     ours, theirs = twins((100_000,), (300,))
-    options = {"amsgrad": True, "optim_bits": bits, "is_paged": paged}
+    options = {"amsgrad": True, "is_paged": paged, **WIDTHS[width]}
     a = qadam.AdamW(ours, **options)
     train(2, a)
-    b = qadam.AdamW(theirs, lr=9.0, optim_bits=bits)
+    b = qadam.AdamW(theirs, lr=9.0, **WIDTHS[width])
     b.load_state_dict(copy.deepcopy(a.state_dict()))  # amsgrad is the dict's
     for p, q in zip(ours, theirs, strict=True):
         q.data.copy_(p.data)
@@ -116,10 +120,11 @@ def test_amsgrads_state_is_saved_copied_and_paged(bits, paged):
     assert all(same_bits(p, q) for p, q in zip(ours, theirs, strict=True))
     c = copy.deepcopy(a)
     assert qadam.paging.is_paged(c.state[c.param_groups[0]["params"][0]]) == paged
-    assert frozen(c)[1:] == frozen(c)[1:]
+    assert frozen(c)[1:] == frozen(a)[1:]
     keys = {key for entry in c.state.values() for key in entry if key.startswith("max_")}
-    assert keys <= {"max_exp_avg_sq", "max_exp_avg_sq_code", "max_exp_avg_sq_scale"}
-    assert len(keys) == (1 if bits == 32 else 3)  # the small one is 32 bits wide
+    scales = {"dynamic": "max_exp_avg_sq_scale", "ratio": "max_exp_avg_sq_range"}
+    coded = {"max_exp_avg_sq_code", scales[width]} if width in scales else set()
+    assert keys == {"max_exp_avg_sq"} | coded  # the small one is 32 bits wide
 
 
 def test_torchs_amsgrad_goes_on_in_qadam_and_back():
@@ -144,10 +149,13 @@ def test_torchs_amsgrad_goes_on_in_qadam_and_back():
 
 
 def test_amsgrad_can_be_switched_between_steps():
-    """torch misses the third moment; here it begins at 0, which the next step raises."""
+    """torch misses the third moment; here it begins at 0, which the next step raises.
+
+    Of the dynamic code: in the ratio code first moments are encoded anew, see test_ratio.py.
+    """
     ours, theirs = twins(5000)
-    optimizer = qadam.AdamW8bit(ours)
-    plain = qadam.AdamW8bit(theirs)
+    optimizer = qadam.AdamW8bit(ours, state_code="dynamic")
+    plain = qadam.AdamW8bit(theirs, state_code="dynamic")
     train(2, optimizer, plain)
     optimizer.param_groups[0]["amsgrad"] = True
     give_grads(ours, theirs, seed=2, scale=5.0)  # exceeds what was: the maximum is the new one
@@ -193,10 +201,10 @@ def test_a_tensor_as_lr_is_a_number(options):
 # Mixed precision.
 
 
-def scaled_training(bits, steps=6):
+def scaled_training(width, steps=6):
     """The same training with scaled losses and without; the third step's loss overflows."""
     ours, theirs = twins((300,), (5000,))
-    a, b = (qadam.AdamW(params, optim_bits=bits) for params in (ours, theirs))
+    a, b = (qadam.AdamW(params, **WIDTHS[width]) for params in (ours, theirs))
     scaler = GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     for number in range(steps):
         give_grads(ours, theirs, seed=number)
@@ -212,9 +220,9 @@ def scaled_training(bits, steps=6):
     return ours, theirs, a, b
 
 
-@pytest.mark.parametrize("bits", [32, 8])
-def test_a_scaled_step_is_the_step_of_unscaled_gradients(bits):
-    ours, theirs, a, b = scaled_training(bits)
+@EACH_WIDTH
+def test_a_scaled_step_is_the_step_of_unscaled_gradients(width):
+    ours, theirs, a, b = scaled_training(width)
     assert all(same_bits(p, q) for p, q in zip(ours, theirs, strict=True))
     for p, q in zip(ours, theirs, strict=True):
         assert float(a.state[p]["step"]) == float(b.state[q]["step"]) == 5
@@ -223,9 +231,10 @@ def test_a_scaled_step_is_the_step_of_unscaled_gradients(bits):
     assert not hasattr(a, "grad_scale")
 
 
-def test_a_step_that_overflowed_leaves_everything_as_it_was():
+@EACH_CODE
+def test_a_step_that_overflowed_leaves_everything_as_it_was(code):
     params, _ = twins((300,), (400,))
-    optimizer = qadam.AdamW8bit(params, nonfinite="raise")
+    optimizer = qadam.AdamW8bit(params, min_8bit_size=0, state_code=code, nonfinite="raise")
     train(2, optimizer)
     give_grads(params, seed=2)
     params[0].grad[0] = float("nan")

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import fingerprint, frozen, give_grads, train
+from conftest import WIDTHS, fingerprint, frozen, give_grads, scale_key, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
@@ -32,18 +32,19 @@ def parameters():
     return [{"params": params[:2]}, {"params": params[2:], "lr": 0.5}]
 
 
-def optimizer(bits):
-    return qadam.AdamW(parameters(), optim_bits=bits, min_8bit_size=10, weight_decay=0.0)
+def optimizer(width):
+    return qadam.AdamW(parameters(), min_8bit_size=10, weight_decay=0.0, **WIDTHS[width])
 
 
 def sources():
     """State dicts of every format."""
     made = {}
-    for bits in (8, 32):
-        own = optimizer(bits)
+    for bits, width in ((8, "dynamic"), (32, "32"), ("ratio", "ratio")):
+        own = optimizer(width)
         train(3, own)
         made[f"qadam {bits}"] = own.state_dict()
-        made[f"bitsandbytes {bits}"] = to_bitsandbytes(own.state_dict())
+        if bits != "ratio":
+            made[f"bitsandbytes {bits}"] = to_bitsandbytes(own.state_dict())
     made["torch"] = to_torch(made["qadam 32"])
     for bits in (8, 32):
         wrapped = copy.deepcopy(made[f"bitsandbytes {bits}"])
@@ -63,13 +64,13 @@ def sources():
                 entry[f"max{i}"] = entry.pop(f"absmax{i}")
         entry["gnorm_vec"] = torch.rand(100)
     made["bitsandbytes 8 of all"] = whole
-    for bits in (8, 32):
+    for bits in (8, 32, "ratio"):
         saved = copy.deepcopy(made[f"qadam {bits}"])
         params = [p for group in parameters() for p in group["params"]]
         for number, p in enumerate(params):
             entry = {**saved["state"][number], "gnorm_vec": torch.rand(100)}
-            width = qstate.format_of(entry).bits
-            stored = qstate.Format(width, block_wise=False, history=True)
+            old = qstate.format_of(entry)
+            stored = old._replace(block_wise=False, history=True, amsgrad=bits == "ratio")
             saved["state"][number] = qstate.fit(entry, p, stored, "p")
         made[f"qadam {bits} of all"] = saved
     return made
@@ -85,25 +86,25 @@ def copied(node):
 
 
 SOURCES = sources()
-TARGETS = {bits: optimizer(bits) for bits in (8, 32)}
+TARGETS = {width: optimizer(width) for width in WIDTHS}
 for _target in TARGETS.values():
     train(2, _target, first=5)
-TARGETS = {bits: pickle.dumps(target) for bits, target in TARGETS.items()}
+TARGETS = {width: pickle.dumps(target) for width, target in TARGETS.items()}
 
-AGAIN = {bits: pickle.loads(target) for bits, target in TARGETS.items()}
+AGAIN = {width: pickle.loads(target) for width, target in TARGETS.items()}
 
 UNCHANGED = {}
 """By width: an optimizer that has refused all it was given so far, and what it holds."""
 
 
-def fresh(bits):
-    target = pickle.loads(TARGETS[bits])
+def fresh(width):
+    target = pickle.loads(TARGETS[width])
     return target, frozen(target)
 
 
 NAN, INF = float("nan"), float("inf")
 KEYS = ["step", "memory_order", "qadam_format", "lr", "betas", "params", "state", "param_groups"]
-KEYS += [f"exp_avg{a}{b}" for a in ("", "_sq") for b in ("", "_code", "_scale")]
+KEYS += [f"exp_avg{a}{b}" for a in ("", "_sq") for b in ("", "_code", "_scale", "_range")]
 KEYS += [f"{name}{i}" for i in "12" for name in ("state", "qmap", "absmax", "max", "new_max")]
 KEYS += [WRAPPED, "gnorm_vec", "max_exp_avg_sq", "amsgrad", "alpha", "extra", 0, 1, 2, 3, None, "0"]
 GARBAGE = [
@@ -254,17 +255,19 @@ def finite(value):
     return not isinstance(value, torch.Tensor) or bool(value.isfinite().all())
 
 
-def check_loaded(target):
+def check_loaded(target, width):
     """All state is qadam's own, finite, and survives a step and another load."""
     params = [p for group in target.param_groups for p in group["params"]]
-    again = AGAIN[target._own["optim_bits"]]
+    again = AGAIN[width]
     again.load_state_dict(target.state_dict())
     copies = [p for group in again.param_groups for p in group["params"]]
     for p, twin in zip(params, copies, strict=True):
         entry = target.state.get(p)
         if entry:
-            parts = ("_code", "_scale") if "exp_avg_code" in entry else ("",)
-            needed = [f"{m}{part}" for m in ("exp_avg", "exp_avg_sq") for part in parts]
+            names = ("exp_avg", "exp_avg_sq")
+            needed = list(names)
+            if "exp_avg_code" in entry:
+                needed = [f"{m}_code" for m in names] + [scale_key(entry, m) for m in names]
             for key in ("step", *needed):
                 assert isinstance(entry[key], torch.Tensor), key
                 assert entry[key].isfinite().all(), key
@@ -280,6 +283,9 @@ def check_loaded(target):
         entry = target.state[p]
         small = "exp_avg" not in entry or entry["exp_avg"].abs().max() < 1e10
         small = small and ("exp_avg_scale" not in entry or entry["exp_avg_scale"].max() < 1e10)
+        # of roots as large first moments are, too
+        root = entry.get("exp_avg_sq_range")
+        small = small and (root is None or root.max() < 1e10)
         assert not (tame and small) or p.isfinite().all()
 
 
@@ -290,16 +296,16 @@ def check_loaded(target):
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
-@given(damaged(), st.sampled_from([8, 32]))
-def test_a_damaged_state_dict_loads_whole_or_not_at_all(case, bits):
-    target, before = UNCHANGED.pop(bits, None) or fresh(bits)
+@given(damaged(), st.sampled_from(sorted(WIDTHS)))
+def test_a_damaged_state_dict_loads_whole_or_not_at_all(case, width):
+    target, before = UNCHANGED.pop(width, None) or fresh(width)
     try:
         target.load_state_dict(case.saved)
     except REFUSALS:
         assert frozen(target) == before
-        UNCHANGED[bits] = target, before
+        UNCHANGED[width] = target, before
     else:
-        check_loaded(target)
+        check_loaded(target, width)
 
 
 @settings(

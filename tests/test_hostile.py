@@ -6,29 +6,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import frozen, give_grads, same_bits, state_values, train
+from conftest import CODES, WIDTHS, frozen, give_grads, same_bits, state_values, train
 from torch.nn import Parameter
 
 import qadam
 from qadam import _core
 
-WIDTHS = pytest.mark.parametrize("bits", [32, 8])
+EACH_WIDTH = pytest.mark.parametrize("width", WIDTHS)
+EACH_CODE = pytest.mark.parametrize("code", CODES)
 
 
-def optimizer_of(params, bits, **options):
-    return qadam.AdamW(params, optim_bits=bits, min_8bit_size=0, **options)
+def optimizer_of(params, width, **options):
+    return qadam.AdamW(params, min_8bit_size=0, **WIDTHS[width], **options)
 
 
-def trained(bits, n=600):
+def trained(width, n=600):
     p = Parameter(torch.ones(n))
-    optimizer = optimizer_of([p], bits)
+    optimizer = optimizer_of([p], width)
     train(2, optimizer)
     return p, optimizer
 
 
-@WIDTHS
-def test_freed_state_is_an_error(bits):
-    p, optimizer = trained(bits)
+@EACH_WIDTH
+def test_freed_state_is_an_error(width):
+    p, optimizer = trained(width)
     for key in [k for k in optimizer.state[p] if k.startswith("exp_avg")]:
         kept = optimizer.state[p][key]
         optimizer.state[p][key] = freed = kept.clone()
@@ -39,14 +40,14 @@ def test_freed_state_is_an_error(bits):
         optimizer.state[p][key] = kept
 
 
-@WIDTHS
+@EACH_WIDTH
 @pytest.mark.parametrize("what", ["param", "grad"])
-def test_a_freed_storage_behind_a_view_is_an_error(bits, what):
+def test_a_freed_storage_behind_a_view_is_an_error(width, what):
     """As FSDP frees flat parameters: the address of a view is then its offset, not null."""
     memory = torch.ones(1200)
     p = Parameter(torch.ones(600) if what == "grad" else memory[600:])
     p.grad = memory[600:] if what == "grad" else torch.ones(600)
-    optimizer = optimizer_of([p], bits)
+    optimizer = optimizer_of([p], width)
     optimizer.step()
     memory.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="memory"):
@@ -57,11 +58,11 @@ def as_integers(tensor):
     return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int8)
 
 
-@WIDTHS
+@EACH_WIDTH
 @pytest.mark.parametrize("change", [lambda tensor: tensor[:10], as_integers])
-def test_state_of_another_length_or_dtype_at_the_same_address_is_an_error(bits, change):
-    p, optimizer = trained(bits)
-    key = "exp_avg" if bits == 32 else "exp_avg_code"
+def test_state_of_another_length_or_dtype_at_the_same_address_is_an_error(width, change):
+    p, optimizer = trained(width)
+    key = "exp_avg" if width == "32" else "exp_avg_code"
     optimizer.state[p][key].data = change(optimizer.state[p][key])
     before = p.detach().clone()
     with pytest.raises(ValueError, match=key):
@@ -69,10 +70,10 @@ def test_state_of_another_length_or_dtype_at_the_same_address_is_an_error(bits, 
     assert same_bits(p.detach(), before)
 
 
-@WIDTHS
-def test_misaligned_state_is_replaced_by_an_aligned_copy(bits):
-    (p, optimizer), (q, other) = trained(bits), trained(bits)
-    key = "exp_avg" if bits == 32 else "exp_avg_scale"
+@EACH_WIDTH
+def test_misaligned_state_is_replaced_by_an_aligned_copy(width):
+    (p, optimizer), (q, other) = trained(width), trained(width)
+    key = "exp_avg" if width == "32" else "exp_avg_scale"
     value = optimizer.state[p][key]
     raw = torch.zeros(4 * value.numel() + 1, dtype=torch.uint8)
     raw[1:] = value.view(torch.uint8)
@@ -83,25 +84,25 @@ def test_misaligned_state_is_replaced_by_an_aligned_copy(bits):
     assert same_bits(p.detach(), q.detach())
 
 
-@WIDTHS
-def test_a_parameter_that_becomes_a_negated_view_in_place_is_an_error(bits):
-    p, optimizer = trained(bits)
+@EACH_WIDTH
+def test_a_parameter_that_becomes_a_negated_view_in_place_is_an_error(width):
+    p, optimizer = trained(width)
     p.data = torch._neg_view(p.data)
     with pytest.raises(ValueError, match="negated"):
         optimizer.step()
 
 
-@WIDTHS
-def test_gradients_that_share_memory_are_read_as_they_are_before_the_step(bits):
+@EACH_WIDTH
+def test_gradients_that_share_memory_are_read_as_they_are_before_the_step(width):
     memory = torch.linspace(-1, 1, 5001)
     p = Parameter(memory[1:])
     q = Parameter(memory[1:].clone())
     p.grad, q.grad = memory[:-1], memory[:-1].clone()
-    optimizer, other = optimizer_of([p], bits), optimizer_of([q], bits)
+    optimizer, other = optimizer_of([p], width), optimizer_of([q], width)
     optimizer.step()
     other.step()
     assert same_bits(p.detach(), q.detach())
-    if bits == 32:
+    if width == "32":
         p.grad = optimizer.state[p]["exp_avg"]
         q.grad = other.state[q]["exp_avg"].clone()
         optimizer.step()
@@ -109,9 +110,10 @@ def test_gradients_that_share_memory_are_read_as_they_are_before_the_step(bits):
         assert same_bits(p.detach(), q.detach())
 
 
-def test_a_failed_step_does_not_encode_state_anew():
+@EACH_CODE
+def test_a_failed_step_does_not_encode_state_anew(code):
     p = Parameter(torch.randn(2, 16, 8, 8))
-    optimizer = optimizer_of([p], 8, nonfinite="raise")
+    optimizer = optimizer_of([p], code, nonfinite="raise")
     train(3, optimizer)
     p.data = p.data.contiguous(memory_format=torch.channels_last)
     p.grad = torch.full_like(p, float("nan"))
@@ -124,7 +126,7 @@ def test_a_failed_step_does_not_encode_state_anew():
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_moments_that_adam_cannot_have_are_not_loaded(name, value):
-    _, optimizer = trained(32)
+    _, optimizer = trained("32")
     saved = optimizer.state_dict()
     saved["state"] = {0: {k: v.clone() for k, v in saved["state"][0].items()}}
     saved["state"][0][name][7] = value
@@ -137,10 +139,11 @@ def test_moments_that_adam_cannot_have_are_not_loaded(name, value):
     assert frozen(optimizer) == before
 
 
-def test_an_element_that_is_skipped_for_long_keeps_its_state():
+@EACH_CODE
+def test_an_element_that_is_skipped_for_long_keeps_its_state(code):
     """Beside elements whose moments decay, and with them the scale of the block."""
     p = Parameter(torch.ones(256))
-    optimizer = optimizer_of([p], 8)
+    optimizer = optimizer_of([p], code)
     p.grad = torch.full((256,), 1e-2)
     p.grad[1:] = 1.0
     optimizer.step()
@@ -165,14 +168,14 @@ def test_an_element_that_is_skipped_for_long_keeps_its_state():
     ],
 )
 def test_options_put_into_a_group_between_steps_are_refused(change):
-    _, optimizer = trained(32)
+    _, optimizer = trained("32")
     optimizer.param_groups[0].update(change)
     with pytest.raises(ValueError, match=next(iter(change))):
         optimizer.step()
 
 
 def test_betas_out_of_range_are_refused_between_steps_too():
-    _, optimizer = trained(32)
+    _, optimizer = trained("32")
     optimizer.param_groups[0]["betas"] = (0.9, 1.5)
     with pytest.raises(ValueError, match=r"betas\[1\] of group 0 is 1.5"):
         optimizer.step()
@@ -193,14 +196,14 @@ def test_many_parameters_are_checked_for_duplicates_quickly():
 
 
 @pytest.mark.cpu_only
-@WIDTHS
-def test_subnormal_coefficients_survive_flush_to_zero_in_the_calling_thread(bits):
+@EACH_WIDTH
+def test_subnormal_coefficients_survive_flush_to_zero_in_the_calling_thread(width):
     """torch.set_flush_denormal would make an eps of 1e-39 zero, and the update infinite."""
 
     def stepped():
         p = Parameter(torch.ones(300))
         p.grad = torch.full((300,), 1e-25)
-        optimizer_of([p], bits, eps=1e-39).step()
+        optimizer_of([p], width, eps=1e-39).step()
         return p.detach()
 
     want = stepped()
@@ -240,9 +243,10 @@ def test_threads_of_earlier_thread_counts_do_not_pile_up():
     assert count() <= 3
 
 
-def test_a_default_device_does_not_reach_into_loading():
-    _, optimizer = trained(32)
-    other = optimizer_of([Parameter(torch.ones(600))], 8)
+@EACH_CODE
+def test_a_default_device_does_not_reach_into_loading(code):
+    _, optimizer = trained("32")
+    other = optimizer_of([Parameter(torch.ones(600))], code)
     with torch.device("meta"):
         other.load_state_dict(optimizer.state_dict())
     (entry,) = other.state.values()

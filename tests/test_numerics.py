@@ -9,13 +9,13 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import CODES, WIDTHS, in_ratio, state_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 import qadam
-from qadam import _core
 
 pytestmark = pytest.mark.cpu_only
 
@@ -24,7 +24,6 @@ P_SCALES = torch.tensor([0.0, 1e-3, 3e-2, 1.0])
 G_SCALES = torch.tensor([1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0])
 LR = 1e-3
 NAMES = ("Adam", "AdamW")
-BITS = (32, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -70,15 +69,15 @@ def parameter(values: Tensor) -> Tensor:
 
 def decoded(entry: dict) -> dict[str, Tensor]:
     """The two moments of a state entry of either width, in float32."""
-    if "exp_avg" in entry:
-        return {name: entry[name].clone() for name in ("exp_avg", "exp_avg_sq")}
-    moments = {}
-    for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
-        codes = entry[f"{name}_code"]
-        values = torch.empty(codes.numel())
-        _core.decode_blocks(codes.flatten(), entry[f"{name}_scale"], values, signed)
-        moments[name] = values.view(codes.shape)
-    return moments
+    return {name: state_values(entry, name).clone() for name in ("exp_avg", "exp_avg_sq")}
+
+
+def carry(entry: dict, step: int, betas: tuple[float, float] = (0.9, 0.999)) -> float:
+    """How far a parameter may be moved to make up for rounding: in the ratio code half a cell."""
+    if not in_ratio(entry):
+        return 0.0
+    share = betas[0] / (1 - betas[0]) * (1 - betas[1] ** step) ** 0.5
+    return 0.501 * LR * share * entry["exp_avg_scale"].max().item() / 63
 
 
 # 32 bits.
@@ -125,14 +124,14 @@ def test_32_bits_is_as_near_to_float64_as_torch(p_dtype, g_dtype, name, weight_d
             assert units <= 2, f"seed {seed}: {units} units in the last place"
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("start", [0, 999_999, 10**6, 16_777_214, 16_777_215])
-def test_late_steps(start, name, bits):
+def test_late_steps(start, name, width):
     torch.manual_seed(start)
     values, g = torch.randn(3000), torch.randn(3000) * 0.01
     p = parameter(values)
-    optimizer = getattr(qadam, name)([p], weight_decay=0.1, optim_bits=bits, min_8bit_size=0)
+    optimizer = getattr(qadam, name)([p], weight_decay=0.1, min_8bit_size=0, **WIDTHS[width])
     p.grad = g
     optimizer.step()
     state = optimizer.state[p]
@@ -145,20 +144,20 @@ def test_late_steps(start, name, bits):
     reference.step(g)
     assert state["step"].item() == start + 1
     # a rounding for the decay and one for the update
-    bound = 1.2e-7 * (values.abs() + 1e-2)
+    bound = 1.2e-7 * (values.abs() + 1e-2) + carry(state, start + 1)
     assert ((p.detach().double() - reference.p).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.9, 0.0), (0.0, 0.999), (0.999_999, 0.999_999_9)])
 @pytest.mark.parametrize("eps", [0.0, 1e-8, 1.0])
-def test_extreme_hyperparameters(betas, eps, bits):
+def test_extreme_hyperparameters(betas, eps, width):
     torch.manual_seed(0)
     values = torch.randn(3000)
     p = parameter(values)
-    optimizer = qadam.Adam([p], LR, betas, eps, optim_bits=bits, min_8bit_size=0)
+    optimizer = qadam.Adam([p], LR, betas, eps, min_8bit_size=0, **WIDTHS[width])
     reference = Float64(values, decoupled=False, betas=betas, eps=eps)
-    for _ in range(5):
+    for step in range(1, 6):
         g = torch.randn(3000)
         g = torch.where(g.abs() < 0.1, 0.1, g)
         if p in optimizer.state:  # each step alone: what 8 bits lose has tests of its own
@@ -169,16 +168,17 @@ def test_extreme_hyperparameters(betas, eps, bits):
         optimizer.step()
         reference.step(g)
         error = (p.detach().double() - reference.p).abs()
-        assert (error <= 1.2e-7 * (reference.p.abs() + 1e-2)).all(), error.max()
+        bound = 1.2e-7 * (reference.p.abs() + 1e-2) + carry(optimizer.state[p], step, betas)
+        assert (error <= bound).all(), error.max()
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", NAMES)
-def test_lr_0_moves_the_state_and_nothing_else(name, bits):
+def test_lr_0_moves_the_state_and_nothing_else(name, width):
     values = torch.randn(3000)
     p = parameter(values)
     optimizer = getattr(qadam, name)(
-        [p], lr=0.0, weight_decay=0.1, optim_bits=bits, min_8bit_size=0
+        [p], lr=0.0, weight_decay=0.1, min_8bit_size=0, **WIDTHS[width]
     )
     for _ in range(3):
         p.grad = torch.randn(3000)
@@ -187,12 +187,12 @@ def test_lr_0_moves_the_state_and_nothing_else(name, bits):
     assert all((m != 0).double().mean() > 0.9 for m in decoded(optimizer.state[p]).values())
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("size", [1e-12, 1e-18, 1e-22, 1e-30, 1e-38, 1e-41, 1.4e-45])
-def test_tiny_and_subnormal_gradients(size, bits):
+def test_tiny_and_subnormal_gradients(size, width):
     g = torch.full((1000,), size) * torch.tensor([1.0, -1.0]).repeat(500)
     p = parameter(torch.zeros(1000))
-    optimizer = qadam.Adam([p], optim_bits=bits, min_8bit_size=0)
+    optimizer = qadam.Adam([p], min_8bit_size=0, **WIDTHS[width])
     reference = Float64(p, decoupled=False)
     p.grad = g
     # relative to the update, which is about lr * size / eps; below the smallest normal number f32
@@ -202,18 +202,20 @@ def test_tiny_and_subnormal_gradients(size, bits):
         optimizer.step()
         reference.step(g)
         error = (p.detach().double() - reference.p).abs()
-        relative = 1e-2 if bits == 8 and step > 0 else 1e-6
+        relative = 1e-2 if width != "32" and step > 0 else 1e-6
+        if width == "ratio" and step > 0 and size * size < 1e-42:
+            relative = 1.0  # a first moment is kept in units of its root, and there is none
         assert (error <= relative * reference.p.abs() + floor).all(), (step, error.max())
     assert (p.detach() * g <= 0).all()
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("gradient", [0.0, 1e-18, 1e-21, 1e-30, 1e-40])
-def test_eps_0_does_what_torch_does_where_the_second_moment_underflows(gradient, bits):
+def test_eps_0_does_what_torch_does_where_the_second_moment_underflows(gradient, width):
     """0 / 0 and m / 0: whoever sets eps to 0 asks for them (docs/design.md)."""
     values = torch.ones(1000)
     p, q = parameter(values), parameter(values)
-    optimizer = qadam.Adam([p], eps=0.0, optim_bits=bits, min_8bit_size=0)
+    optimizer = qadam.Adam([p], eps=0.0, min_8bit_size=0, **WIDTHS[width])
     yardstick = torch.optim.Adam([q], eps=0.0)
     for owner, each in ((p, optimizer), (q, yardstick)):
         owner.grad = torch.full((1000,), gradient)
@@ -226,8 +228,15 @@ def test_eps_0_does_what_torch_does_where_the_second_moment_underflows(gradient,
 
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-2])
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("protocol", ["same state", "free state", "free"])
-def test_8_bits_is_within_the_published_bounds(protocol, name, weight_decay):
+@pytest.mark.parametrize(
+    ("code", "protocol"),
+    [
+        *(("dynamic", protocol) for protocol in ("same state", "free state", "free")),
+        # each of its steps also makes up for what was rounded: that is no error of a single step
+        ("ratio", "free"),
+    ],
+)
+def test_8_bits_is_within_the_published_bounds(code, protocol, name, weight_decay):
     """50 steps beside torch's f32 Adam, in three protocols.
 
     * "same state": each step from the same parameters and decoded moments, which leaves the f32
@@ -239,14 +248,14 @@ def test_8_bits_is_within_the_published_bounds(protocol, name, weight_decay):
     mean_bound, relative_bound, max_bound = {
         "same state": (6e-9, 6e-8, 1.2e-7),
         "free state": (6e-5, 6e-4, LR),
-        "free": (2e-4, 1e-2, 2e-3),
+        "free": (2e-4, 1e-2, 2e-3) if code == "dynamic" else (1e-4, 4e-3, 1e-3),
     }[protocol]
     for seed in (0, 1):
         random = torch.Generator().manual_seed(seed)
         normal = partial(torch.randn, 512, 256, generator=random)
         start = normal() * 0.1
         ours, theirs = parameter(start), parameter(start)
-        q = getattr(qadam, f"{name}8bit")([ours], lr=LR, weight_decay=weight_decay)
+        q = getattr(qadam, f"{name}8bit")([ours], lr=LR, weight_decay=weight_decay, state_code=code)
         t = getattr(torch.optim, name)([theirs], lr=LR, weight_decay=weight_decay)
         for step in range(50):
             if protocol != "free":
@@ -268,13 +277,14 @@ def test_8_bits_is_within_the_published_bounds(protocol, name, weight_decay):
 
 
 @pytest.mark.parametrize("kind", ["constant", "random", "spikes", "vanishing"])
-def test_gradients_five_decades_apart_within_a_block_do_not_explode(kind):
+@pytest.mark.parametrize("code", CODES)
+def test_gradients_five_decades_apart_within_a_block_do_not_explode(code, kind):
     for seed in (0, 1, 2):
         torch.manual_seed(seed)
         n = 8192
         scale = 10 ** (-5 * torch.rand(n))
         p = parameter(torch.zeros(n))
-        optimizer = qadam.Adam8bit([p], lr=LR)
+        optimizer = qadam.Adam8bit([p], lr=LR, state_code=code)
         reference = Float64(p, decoupled=False)
         worst = true_worst = 0.0
         for t in range(1, 101):
@@ -290,7 +300,9 @@ def test_gradients_five_decades_apart_within_a_block_do_not_explode(kind):
             reference.step(g)
             worst = max(worst, (p.detach() - before).abs().max().item())
             true_worst = max(true_worst, (reference.p - true_before).abs().max().item())
-        assert worst <= 2 * true_worst, f"seed {seed}: update of {worst}, truly {true_worst}"
+        assert worst <= (2 if code == "dynamic" else 1.5) * true_worst, (
+            f"seed {seed}: update of {worst}, truly {true_worst}"
+        )
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -320,10 +332,11 @@ def test_8_bits_reaches_the_loss_of_32(seed):
             return F.cross_entropy(model(x[1600:]), y[1600:]).item()
 
     torchs, bits32 = loss(torch.optim.AdamW), loss(qadam.AdamW)
-    bits8 = loss(partial(qadam.AdamW8bit, min_8bit_size=0))
     assert torchs < 0.7 * math.log(4), "nothing was learned"
     assert bits32 == pytest.approx(torchs, rel=1e-4)
-    assert bits8 == pytest.approx(torchs, rel=5e-3)
+    for code in CODES:
+        bits8 = loss(partial(qadam.AdamW8bit, min_8bit_size=0, state_code=code))
+        assert bits8 == pytest.approx(torchs, rel=5e-3), code
 
 
 # Nothing finite becomes NaN.
@@ -337,8 +350,8 @@ def finite(dtype: torch.dtype) -> st.SearchStrategy[float]:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(data=st.data())
-@pytest.mark.parametrize("bits", BITS)
-def test_finite_input_never_becomes_nan(bits, data):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_finite_input_never_becomes_nan(width, data):
     p_dtype = data.draw(st.sampled_from(DTYPES), label="parameter dtype")
     g_dtype = data.draw(st.sampled_from(DTYPES), label="gradient dtype")
     n = data.draw(st.sampled_from([1, 3, 17, 300]), label="elements")
@@ -356,7 +369,7 @@ def test_finite_input_never_becomes_nan(bits, data):
         betas=draw(st.sampled_from([(0.9, 0.999), (0.0, 0.0), (0.0, 0.999), (0.999_999, 0.5)])),
         eps=draw(st.sampled_from([1e-8, 1e-16, 1e-30, 1.0]), label="eps"),
         weight_decay=draw(st.sampled_from([0.0, 1e-2, 10.0]), label="weight_decay"),
-        optim_bits=bits,
+        **WIDTHS[width],
         min_8bit_size=0,
         nonfinite=draw(st.sampled_from(["skip", "propagate"])),
     )

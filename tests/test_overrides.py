@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import give_grads, same_bits, train, twins
+from conftest import CODES, give_grads, in_ratio, same_bits, train, twins
 from torch import nn
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR, StepLR
@@ -77,6 +77,7 @@ def test_group_keys_count_when_a_state_dict_is_loaded():
         ("min_8bit_size", -1),
         ("min_8bit_size", 1.5),
         ("percentile_clipping", 0),
+        ("state_code", "foo"),
         ("nonfinite", "raise"),
         ("args", SimpleNamespace()),
     ],
@@ -86,6 +87,23 @@ def test_a_bad_group_key_is_named_and_the_group_not_added(option, value):
     with pytest.raises(ValueError, match=option):
         optimizer.add_param_group({"params": [Parameter(torch.ones(3))], option: value})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("other", CODES)
+@pytest.mark.parametrize("own", CODES)
+def test_a_group_has_its_own_code(own, other):
+    params = [torch.ones(5000, requires_grad=True) for _ in range(2)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "state_code": other}]
+    optimizer = qadam.AdamW8bit(groups, state_code=own)
+    train(1, optimizer)
+    of = ["ratio" if in_ratio(optimizer.state[p]) else "dynamic" for p in params]
+    assert of == [own, other]
+    saved = optimizer.state_dict()
+    assert [group.get("state_code") for group in saved["param_groups"]] == [None, other]
+    again = qadam.AdamW8bit([{"params": params[:1]}, {"params": params[1:]}], state_code=own)
+    again.load_state_dict(saved)  # a group's key is the dict's
+    of = ["ratio" if in_ratio(again.state[p]) else "dynamic" for p in params]
+    assert of == [own, other]
 
 
 # args.
@@ -104,7 +122,13 @@ def test_args_replace_keywords_and_what_they_lack_stays():
 
 
 @pytest.mark.parametrize(
-    ("attribute", "value"), [("optim_bits", 16), ("min_8bit_size", -3), ("percentile_clipping", 0)]
+    ("attribute", "value"),
+    [
+        ("optim_bits", 16),
+        ("min_8bit_size", -3),
+        ("percentile_clipping", 0),
+        ("state_code", "foo"),
+    ],
 )
 def test_bad_args_are_named(attribute, value):
     args = SimpleNamespace(**{attribute: value})
@@ -135,6 +159,32 @@ def test_an_override_changes_one_parameters_state(manager):
     train(1, optimizer)
     assert [width(optimizer, p) for p in (a, b)] == [32, 8]
     assert [qadam.paging.is_paged(optimizer.state[p]) for p in (a, b)] == [True, False]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_an_override_changes_one_parameters_code(manager, code):
+    """Before the first step, and where a state dict is loaded; not state that is there."""
+    params, others = twins((5000,), (6000,), (7000,))
+    usual = next(name for name in CODES if name != code)
+    manager.override_config(params[0], "state_code", code)
+    optimizer = qadam.AdamW8bit(params, state_code=usual)
+    train(1, optimizer)
+    manager.override_config([params[1], others[2]], "state_code", code)
+    train(1, optimizer)
+    assert [in_ratio(optimizer.state[p]) == (code == "ratio") for p in params] == [
+        True,
+        False,
+        False,
+    ]
+    loaded = qadam.AdamW8bit(others, state_code=usual)
+    loaded.load_state_dict(optimizer.state_dict())
+    assert [in_ratio(loaded.state[p]) == (code == "ratio") for p in others] == [False, False, True]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert [in_ratio(optimizer.state[p]) == (code == "ratio") for p in params] == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_overridden_hyperparameters_are_those_of_a_group_of_its_own(manager):
@@ -234,6 +284,7 @@ def test_other_parameters_and_optimizers_are_not_affected(manager):
         ({"betas": (0.9, 1.0)}, ValueError),
         ({"eps": float("nan")}, ValueError),
         ({"optim_bits": 4}, ValueError),
+        ({"state_code": "foo"}, ValueError),
         ({"weight_decay": "much"}, (TypeError, ValueError)),
     ],
 )

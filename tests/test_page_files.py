@@ -127,13 +127,14 @@ def test_what_a_loaded_dict_replaces_is_freed(page_dir):
         assert (len(maps(page_dir)), len(files(page_dir))) == (1, 1)
 
 
-def test_a_thousand_optimizers_leave_nothing(page_dir, monkeypatch):
+@pytest.mark.parametrize("code", ["dynamic", "ratio"])
+def test_a_thousand_optimizers_leave_nothing(code, page_dir, monkeypatch):
     monkeypatch.setattr(paging, "LEAST", 400)
     params = twins((500,), (300,), n=1)[0]
     give_grads(params, seed=0)
 
     def live():
-        optimizer = qadam.PagedAdamW8bit(params, min_8bit_size=0)
+        optimizer = qadam.PagedAdamW8bit(params, min_8bit_size=0, state_code=code)
         optimizer.step()
         other = copy.deepcopy(optimizer)
         other.load_state_dict(optimizer.state_dict())
@@ -142,7 +143,7 @@ def test_a_thousand_optimizers_leave_nothing(page_dir, monkeypatch):
     gc.collect()
     handles = len(list(Path("/proc/self/fd").iterdir()))
     mapped = len(Path("/proc/self/maps").read_text().splitlines())
-    for _ in range(334):  # three files each
+    for _ in range(167):  # three files each, for each code
         live()
     gc.collect()
     assert (maps(page_dir), files(page_dir), list(page_dir.iterdir())) == ([], [], [])
@@ -452,7 +453,7 @@ def test_paged_state_trains_where_state_in_memory_does_not_fit(page_dir, memory)
 
 RESUME = """
 checkpoint = torch.load(sys.argv[1], weights_only=True)
-params, optimizer = make("PagedAdamW8bit", n=400_000)
+params, optimizer = make("PagedAdamW8bit", n=400_000, state_code=sys.argv[2])
 for p, value in zip(params, checkpoint["params"]):
     p.data.copy_(value)
 optimizer.load_state_dict(checkpoint["optimizer"])
@@ -461,17 +462,18 @@ print(json.dumps([digest(params, optimizer), optimizer.memory()["mapped"]["state
 """
 
 
-def test_another_process_resumes_from_a_checkpoint_with_the_same_bits(page_dir, tmp_path):
+@pytest.mark.parametrize("code", ["dynamic", "ratio"])
+def test_another_process_resumes_from_a_checkpoint_with_the_same_bits(code, page_dir, tmp_path):
     names = {}
     exec(COMMON, names)  # noqa: S102 - the very functions of the other process
     threads = torch.get_num_threads()
-    params, optimizer = names["make"]("PagedAdamW8bit", n=400_000)
+    params, optimizer = names["make"]("PagedAdamW8bit", n=400_000, state_code=code)
     names["train"](3, params, optimizer)
     checkpoint = {"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()}
     torch.save(checkpoint, tmp_path / "checkpoint")
     names["train"](3, params, optimizer, first=3)
     torch.set_num_threads(threads)
-    got, paged = run(RESUME, page_dir, arguments=[tmp_path / "checkpoint"])
+    got, paged = run(RESUME, page_dir, arguments=[tmp_path / "checkpoint", code])
     assert got == names["digest"](params, optimizer)
     assert paged == 2 * (400_000 + 100_000)
 
@@ -578,11 +580,11 @@ class Numbers(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return float(index)
 
-for memory in ("", "0"):
+for memory, code in (("", "dynamic"), ("0", "ratio")):
     os.environ["QADAM_PAGE_MEMORY"] = memory
     made = {}
     for name in ("PagedAdamW", "AdamW"):
-        made[name] = make(name, n=800_000, optim_bits=8)
+        made[name] = make(name, n=800_000, optim_bits=8, state_code=code)
         train(2, *made[name])
     paged, plain = made["PagedAdamW"], made["AdamW"]
     here = {"digest": digest(*paged) == digest(*plain)}
@@ -591,9 +593,9 @@ for memory in ("", "0"):
     here["alone"] = forked(alone, *paged) == forked(plainly, *plain)
     here["parent is unaffected"] = digest(*paged) == digest(*plain)
     here["grandchild"] = forked(grandchild, *paged)
-    fresh = make("PagedAdamW", n=800_000, optim_bits=8)
+    fresh = make("PagedAdamW", n=800_000, optim_bits=8, state_code=code)
     here["before the first step"] = forked(plainly, *fresh) == forked(
-        plainly, *make("AdamW", n=800_000, optim_bits=8))
+        plainly, *make("AdamW", n=800_000, optim_bits=8, state_code=code))
     loader = torch.utils.data.DataLoader(Numbers(), batch_size=None, num_workers=2, timeout=60)
     here["loader"] = list(loader) == [0, 1, 2, 3]
     # a child that lives on while the parent steps, copies nothing and ends

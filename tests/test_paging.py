@@ -9,7 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SOFTWARE, fingerprint, frozen, give_grads, same_bits, train, twins
+from conftest import (
+    CODES,
+    SOFTWARE,
+    WIDTHS,
+    fingerprint,
+    frozen,
+    give_grads,
+    same_bits,
+    train,
+    twins,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
@@ -17,6 +27,7 @@ from torch.nn import Parameter
 import qadam
 from qadam import _core, paging
 from qadam import state as qstate
+from qadam.codes import CODES as CODES_BY_NAME
 
 BASES = [
     getattr(qadam, rule + width) for rule in ("Adam", "AdamW") for width in ("", "8bit", "32bit")
@@ -25,14 +36,32 @@ TIER = "mapped" if SOFTWARE is None else "managed"
 """Where paged state is, for CPU parameters and for those of the software device."""
 SHAPES = [(100_000,), (3000,), (40, 50, 51), ()]
 """The first and the third are paged; of the others, one is large enough for 8 bits, if 4096 is."""
-WIDTHS = {
+OPTIONS = {
     "32": {},
-    "8": {"optim_bits": 8},
-    "mixed": {"optim_bits": 8, "min_8bit_size": 101_000},
-    "cut": {"optim_bits": 8, "percentile_clipping": 20, "max_grad_norm": 1.0},
-    "measured": {"optim_bits": 8, "block_wise": False, "args": SimpleNamespace(max_unorm=1e-3)},
+    "8": {"optim_bits": 8, "state_code": "dynamic"},
+    "ratio": {"optim_bits": 8, "state_code": "ratio"},
+    "mixed": {"optim_bits": 8, "min_8bit_size": 101_000, "state_code": "dynamic"},
+    "cut": {
+        "optim_bits": 8,
+        "state_code": "ratio",
+        "percentile_clipping": 20,
+        "max_grad_norm": 1.0,
+    },
+    "measured": {
+        "optim_bits": 8,
+        "state_code": "dynamic",
+        "block_wise": False,
+        "args": SimpleNamespace(max_unorm=1e-3),
+    },
+    "measured ratio": {
+        "optim_bits": 8,
+        "state_code": "ratio",
+        "block_wise": False,
+        "amsgrad": True,
+        "args": SimpleNamespace(max_unorm=1e-3),
+    },
 }
-WIDTH = pytest.mark.parametrize("options", WIDTHS.values(), ids=WIDTHS)
+WIDTH = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def parameters(optimizer):
@@ -107,8 +136,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("of_grad", ["contiguous", *LAYOUTS])
 @pytest.mark.parametrize("of_param", ["contiguous", *LAYOUTS])
-@pytest.mark.parametrize("bits", [32, 8])
-def test_every_memory_order_has_the_bits_of_state_in_memory(bits, of_param, of_grad, monkeypatch):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_memory_order_has_the_bits_of_state_in_memory(width, of_param, of_grad, monkeypatch):
     monkeypatch.setattr(paging, "LEAST", 1)  # small tensors, for the software device's sake
     shape = (5, 6, 10, 17)
     value, grad = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
@@ -117,7 +146,7 @@ def test_every_memory_order_has_the_bits_of_state_in_memory(bits, of_param, of_g
     for is_paged in (False, True):
         p = Parameter(LAYOUTS.get(of_param, identity)(value))
         p.grad = LAYOUTS.get(of_grad, identity)(grad)
-        optimizers.append(qadam.Adam([p], optim_bits=bits, is_paged=is_paged))
+        optimizers.append(qadam.Adam([p], is_paged=is_paged, **WIDTHS[width]))
     for optimizer in optimizers:
         optimizer.step()
         optimizer.step()
@@ -193,9 +222,9 @@ def test_state_that_is_streamed_through_memory_has_the_same_bits(options, limit,
 def test_optimizers_of_different_limits_step_side_by_side(monkeypatch):
     """On threads of their own, the state of one being let go while the other's is needed."""
     pairs = []
-    for limit in ("0", "4000000"):
+    for limit, code in (("0", "dynamic"), ("4000000", "ratio")):
         monkeypatch.setenv("QADAM_PAGE_MEMORY", limit)
-        pairs.append(both((900_000,), (150_000,), optim_bits=8))
+        pairs.append(both((900_000,), (150_000,), optim_bits=8, state_code=code))
     errors = []
 
     def run(paged):
@@ -220,7 +249,7 @@ def test_optimizers_of_different_limits_step_side_by_side(monkeypatch):
 
 
 def test_two_optimizers_in_turn_do_not_disturb_each_other():
-    pairs = [both((100_000 + n,), optim_bits=bits) for n, bits in ((0, 32), (1, 8))]
+    pairs = [both((100_000 + n,), **options) for n, options in enumerate(WIDTHS.values())]
     for seed, pair in itertools.product(range(2), pairs):
         train(1, *pair, first=seed)
     for plain, paged in pairs:
@@ -237,12 +266,12 @@ TENSORS = st.tuples(
 @settings(max_examples=30, deadline=None)
 @given(
     tensors=st.lists(TENSORS, min_size=1, max_size=5),
-    bits=st.sampled_from([32, 8]),
+    width=st.sampled_from(sorted(WIDTHS)),
     least=st.sampled_from([0, 4096, 100_001]),
     limit=st.sampled_from(["", "0", "300000", "2000000"]),
     seed=st.integers(0, 99),
 )
-def test_any_list_of_tensors_gives_the_same_bits(tensors, bits, least, limit, seed):
+def test_any_list_of_tensors_gives_the_same_bits(tensors, width, least, limit, seed):
     optimizers = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QADAM_PAGE_MEMORY", limit)
@@ -253,7 +282,7 @@ def test_any_list_of_tensors_gives_the_same_bits(tensors, bits, least, limit, se
                 for p in twins((n,), n=1, dtype=dtype, seed=seed + i)[0]
             ]
             optimizers.append(
-                qadam.Adam(params, optim_bits=bits, min_8bit_size=least, is_paged=is_paged)
+                qadam.Adam(params, min_8bit_size=least, is_paged=is_paged, **WIDTHS[width])
             )
         train(2, *optimizers, first=seed)
     plain, paged = optimizers
@@ -291,11 +320,11 @@ def test_a_state_dict_does_not_say_whether_it_was_paged(options):
     assert abs(sizes[0] - sizes[1]) <= digits
 
 
-@pytest.mark.parametrize("new", [32, 8])
-@pytest.mark.parametrize("old", [32, 8])
+@pytest.mark.parametrize("new", WIDTHS)
+@pytest.mark.parametrize("old", WIDTHS)
 @pytest.mark.parametrize("how", ["state_dict", "torch.save", "deepcopy", "pickle"])
 def test_a_dict_loads_into_any_width_paged_or_not(old, new, how):
-    sources = both((100_100,), (5000,), optim_bits=old)
+    sources = both((100_100,), (5000,), **WIDTHS[old])
     train(2, *sources)
     loaded = []
     for source in sources:
@@ -309,7 +338,7 @@ def test_a_dict_loads_into_any_width_paged_or_not(old, new, how):
         elif how == "pickle":
             state = pickle.loads(pickle.dumps(state))
         before = values(source)
-        targets = both((100_100,), (5000,), optim_bits=new)
+        targets = both((100_100,), (5000,), **WIDTHS[new])
         for target in targets:
             target.load_state_dict(state)
             with torch.no_grad():
@@ -327,8 +356,9 @@ def test_a_dict_loads_into_any_width_paged_or_not(old, new, how):
         assert values(sources[1]) == first
 
 
-def test_a_dict_loaded_in_mid_training_replaces_paged_state():
-    plain, paged = both((100_000,), (300,), optim_bits=8)
+@pytest.mark.parametrize("code", CODES)
+def test_a_dict_loaded_in_mid_training_replaces_paged_state(code):
+    plain, paged = both((100_000,), (300,), optim_bits=8, state_code=code)
     train(2, plain, paged)
     checkpoint = copy.deepcopy(plain.state_dict())
     train(2, plain, paged, first=2)
@@ -381,9 +411,10 @@ def whole(optimizer):
 
 
 @COPY
-@pytest.mark.parametrize("cls", [qadam.PagedAdam32bit, qadam.PagedAdamW8bit])
-def test_a_copy_is_paged_and_goes_on_alike_and_alone(cls, how):
-    optimizer = cls(twins((100_000,), (300,))[0])
+@pytest.mark.parametrize("cls", [qadam.PagedAdam, qadam.PagedAdamW])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_copy_is_paged_and_goes_on_alike_and_alone(width, cls, how):
+    optimizer = cls(twins((100_000,), (300,))[0], **WIDTHS[width])
     train(2, optimizer)
     before = frozen(optimizer)
     other = COPIES[how](optimizer)
@@ -397,8 +428,9 @@ def test_a_copy_is_paged_and_goes_on_alike_and_alone(cls, how):
 
 
 @COPY
-def test_a_copy_made_before_the_first_step_pages_what_it_makes(how):
-    plain, paged = both((100_000,), (300,))
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_copy_made_before_the_first_step_pages_what_it_makes(width, how):
+    plain, paged = both((100_000,), (300,), **WIDTHS[width])
     other = COPIES[how](paged)
     assert other.memory() == paged.memory()
     train(2, plain, other)
@@ -446,9 +478,10 @@ def test_whatever_else_an_entry_holds_survives_a_copy(how, moments):
         }
 
 
-def test_a_model_and_its_optimizer_copied_together_stay_together():
+@pytest.mark.parametrize("code", CODES)
+def test_a_model_and_its_optimizer_copied_together_stay_together(code):
     model = torch.nn.Linear(400, 300)
-    optimizer = qadam.PagedAdamW8bit(model.parameters())
+    optimizer = qadam.PagedAdamW8bit(model.parameters(), state_code=code)
     train(1, optimizer)
     other_model, other = copy.deepcopy((model, optimizer))
     mine, theirs = parameters(other), list(other_model.parameters())
@@ -509,32 +542,35 @@ def test_memory_is_empty_before_the_first_step(is_paged):
 
 LARGE, SMALL = 100_000, 5000
 BLOCKS = -(-LARGE // 256), -(-SMALL // 256)
-# moments at 4 or 1 bytes an element; "step" of 4 bytes; "memory_order" of 8 a dimension
+# moments at 4 or 1 bytes an element; "step" of 4 bytes; "memory_order" of 8 a dimension; scales of
+# 4 bytes, two of them a range
 EXACT = {
-    (32, False): ({"state": 8 * (LARGE + SMALL) + 8, "scales": 0}, {"state": 0, "scales": 0}),
-    (32, True): ({"state": 8 * SMALL + 8, "scales": 0}, {"state": 8 * LARGE, "scales": 0}),
-    (8, False): (
-        {"state": 2 * (LARGE + SMALL) + 2 * (4 + 8), "scales": 8 * sum(BLOCKS)},
-        {"state": 0, "scales": 0},
-    ),
-    (8, True): (
-        {"state": 2 * SMALL + 2 * (4 + 8), "scales": 8 * BLOCKS[1]},
-        {"state": 2 * LARGE, "scales": 8 * BLOCKS[0]},
-    ),
+    ("32", False): ({"state": 8 * (LARGE + SMALL) + 8, "scales": 0}, {"state": 0, "scales": 0}),
+    ("32", True): ({"state": 8 * SMALL + 8, "scales": 0}, {"state": 8 * LARGE, "scales": 0}),
 }
+for _code, _scales in (("dynamic", 8), ("ratio", 12)):
+    EXACT[_code, False] = (
+        {"state": 2 * (LARGE + SMALL) + 2 * (4 + 8), "scales": _scales * sum(BLOCKS)},
+        {"state": 0, "scales": 0},
+    )
+    EXACT[_code, True] = (
+        {"state": 2 * SMALL + 2 * (4 + 8), "scales": _scales * BLOCKS[1]},
+        {"state": 2 * LARGE, "scales": _scales * BLOCKS[0]},
+    )
 
 
-@pytest.mark.parametrize(("bits", "is_paged"), EXACT)
-def test_memory_counts_every_byte_of_state_once(bits, is_paged):
+@pytest.mark.parametrize(("width", "is_paged"), EXACT)
+def test_memory_counts_every_byte_of_state_once(width, is_paged):
     params = twins((LARGE,), (SMALL,), (7,))[0][:2]
-    optimizer = qadam.AdamW(params, optim_bits=bits, is_paged=is_paged)
+    optimizer = qadam.AdamW(params, is_paged=is_paged, **WIDTHS[width])
     train(1, optimizer)
     memory = optimizer.memory()
-    ordinary, paged = EXACT[bits, is_paged]
+    ordinary, paged = EXACT[width, is_paged]
     assert of_state(memory) == of_state(NOTHING) | {ORDINARY: ordinary, TIER: paged}
     extra = memory[TIER]["work"]
     if is_paged:
-        assert 0 <= extra < PAGE + (HUGE if TIER == "managed" else 0)
+        gaps = 4 * 64  # each of the four tensors begins at a multiple
+        assert 0 <= extra < PAGE + gaps + (HUGE if TIER == "managed" else 0)
         assert (extra + sum(paged.values())) % PAGE == 0
     else:
         assert extra == 0
@@ -547,7 +583,8 @@ def test_memory_counts_every_byte_of_state_once(bits, is_paged):
 
 def test_memory_of_an_optimizer_of_both_widths_adds_up():
     params = twins((LARGE,), (LARGE + 1000,))[0]
-    optimizer = qadam.PagedAdam(params, optim_bits=8, min_8bit_size=LARGE + 1)
+    options = {"optim_bits": 8, "min_8bit_size": LARGE + 1, "state_code": "dynamic"}
+    optimizer = qadam.PagedAdam(params, **options)
     train(1, optimizer)
     scales = 8 * -(-(LARGE + 1000) // 256)
     memory = optimizer.memory()[TIER]
@@ -580,8 +617,10 @@ def spoil_size(params):
 
 @pytest.mark.parametrize("spoil", [spoil_nan, spoil_kind, spoil_size])
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_step_that_fails_changes_nothing(spoil, steps):
-    plain, paged = both((100_000,), (101_000,), optim_bits=8, nonfinite="raise")
+@pytest.mark.parametrize("code", CODES)
+def test_a_step_that_fails_changes_nothing(code, spoil, steps):
+    options = {"optim_bits": 8, "state_code": code, "nonfinite": "raise"}
+    plain, paged = both((100_000,), (101_000,), **options)
     train(steps, plain, paged)
     before = frozen(paged)
     good = parameters(paged)
@@ -600,15 +639,16 @@ def test_a_step_that_fails_changes_nothing(spoil, steps):
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_one_scale_is_paged_with_its_codes_and_the_history_is_not(amsgrad):
-    stored = qstate.Format(8, amsgrad=amsgrad, block_wise=False, history=True)
+@pytest.mark.parametrize("code", CODES)
+def test_one_scale_is_paged_with_its_codes_and_the_history_is_not(code, amsgrad):
+    stored = qstate.Format(8, amsgrad=amsgrad, block_wise=False, history=True, code=code)
     moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])]
     p, small = Parameter(torch.ones(350, 300)), Parameter(torch.ones(300))
     pages, none = paging.allocate([(p, stored), (small, stored)])
     assert none is None
-    sizes = {
-        f"{m}_{part}": size for m in moments for part, size in (("code", 105_000), ("scale", 4))
-    }
+    sizes = {f"{m}_code": 105_000 for m in moments}
+    of = CODES_BY_NAME[code]
+    sizes |= {of.scale_key(m): 4 * of.scale_count(m, p.shape, False) for m in moments}
     assert {name: len(of) for name, of in pages.items()} == sizes
     fresh = qstate.zeros(p, stored, pages)
     plain = qstate.zeros(p, stored)

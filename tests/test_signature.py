@@ -175,6 +175,9 @@ BAD = [
     ("optim_bits", None, ["optim_bits", "None", "32 or 8"]),
     ("nonfinite", "ignore", ["nonfinite", "ignore", "skip.*propagate.*raise"]),
     ("nonfinite", None, ["nonfinite", "None", "skip.*propagate.*raise"]),
+    ("state_code", "foo", ["state_code", "'foo'", '"dynamic" or "ratio"']),
+    ("state_code", None, ["state_code", "None", '"dynamic" or "ratio"']),
+    ("state_code", ["ratio"], ["state_code", r"\['ratio'\]", '"dynamic" or "ratio"']),
     ("nonfinite", 1, ["nonfinite", "1", "skip.*propagate.*raise"]),
 ]
 BAD_IDS = [f"{name}={value!r}".replace("\n", "") for name, value, _ in BAD]
@@ -212,6 +215,8 @@ def test_a_bad_value_in_a_group_is_an_error_too(name, value):
         {"min_8bit_size": 0},
         {"percentile_clipping": 100},
         {"nonfinite": "raise"},
+        {"state_code": "dynamic"},
+        {"state_code": "ratio", "optim_bits": 8, "min_8bit_size": 0},
         {"nonfinite": "propagate"},
     ],
     ids=repr,

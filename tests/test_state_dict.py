@@ -7,11 +7,14 @@ import torch
 from conftest import (
     ADAMS,
     BLOCK,
+    CODES,
+    WIDTHS,
     code_step,
     fingerprint,
     frozen,
     give_grads,
     same_bits,
+    scale_key,
     state_values,
     train,
     twins,
@@ -31,6 +34,7 @@ NAMES_8BIT = [
     "exp_avg_sq_code",
     "exp_avg_sq_scale",
 ]
+NAMES_RATIO = [*NAMES_8BIT[:-1], "exp_avg_sq_range"]
 
 
 def stepped(cls, *shapes, steps=1, **options):
@@ -71,10 +75,12 @@ def test_32_bit_state_is_float32_whatever_the_parameter(dtype):
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (255,), (256,), (257,), (3, 171), (0,), (2, 0)])
-def test_8_bit_state_has_names_that_no_other_optimizer_takes_for_values(shape):
-    optimizer, (p,) = stepped(qadam.AdamW8bit, shape, min_8bit_size=0)
+@pytest.mark.parametrize("code", CODES)
+def test_8_bit_state_has_names_that_no_other_optimizer_takes_for_values(code, shape):
+    optimizer, (p,) = stepped(qadam.AdamW8bit, shape, min_8bit_size=0, state_code=code)
     entry = optimizer.state[p]
-    assert sorted(entry) == sorted(NAMES_8BIT)
+    names = NAMES_8BIT if code == "dynamic" else NAMES_RATIO
+    assert sorted(entry) == sorted(names)
     assert not {"exp_avg", "exp_avg_sq", "state1", "state2"} & entry.keys()
     blocks = -(-p.numel() // BLOCK)
     assert entry["step"].dtype == torch.float32
@@ -83,8 +89,9 @@ def test_8_bit_state_has_names_that_no_other_optimizer_takes_for_values(shape):
     for moment in ("exp_avg", "exp_avg_sq"):
         assert entry[f"{moment}_code"].dtype == torch.uint8
         assert entry[f"{moment}_code"].shape == p.shape
-        assert entry[f"{moment}_scale"].dtype == torch.float32
-        assert entry[f"{moment}_scale"].shape == (blocks,)
+        scales = entry[scale_key(entry, moment)]
+        assert scales.dtype == torch.float32
+        assert scales.shape == ((2 if scale_key(entry, moment).endswith("_range") else 1) * blocks,)
 
 
 def test_min_8bit_size_decides_by_the_parameters_elements():
@@ -96,9 +103,9 @@ def test_min_8bit_size_decides_by_the_parameters_elements():
         assert (wide, narrow) == ([True, False, False], [False, True, True])
 
 
-def test_state_takes_8_bytes_and_at_most_2_04_bytes_an_element():
-    for cls, least, most in ((qadam.AdamW32bit, 8.0, 8.001), (qadam.AdamW8bit, 2.0, 2.04)):
-        optimizer, (p,) = stepped(cls, (1000, 100))
+def test_state_takes_8_bytes_and_at_most_2_04_or_2_07_bytes_an_element():
+    for width, least, most in (("32", 8.0, 8.001), ("dynamic", 2.0, 2.04), ("ratio", 2.0, 2.07)):
+        optimizer, (p,) = stepped(qadam.AdamW, (1000, 100), **WIDTHS[width])
         tensors = [v for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)]
         held = sum(t.untyped_storage().nbytes() for t in tensors)
         assert least <= held / p.numel() <= most
@@ -130,20 +137,20 @@ def test_torch_loads_our_32_bit_state_as_it_is_and_continues_like_us(cls, option
 
 
 @pytest.mark.parametrize("cls", ADAMS)
-@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
-def test_we_load_torchs_state_and_continue_like_it(cls, bits, options):
+def test_we_load_torchs_state_and_continue_like_it(cls, width, options):
     theirs = twins((300,), (3, 5), (), n=1)[0]
     b = TORCH[cls](theirs, lr=0.03, weight_decay=0.1, **options)
     train(5, b)
     mine = copied(theirs)
-    a = cls(mine, optim_bits=bits, min_8bit_size=256)
+    a = cls(mine, min_8bit_size=256, **WIDTHS[width])
     a.load_state_dict(b.state_dict())
     assert a.param_groups[0]["lr"] == 0.03
     assert "exp_avg" in a.state[mine[1]]
-    assert ("exp_avg" in a.state[mine[0]]) == (bits == 32)
-    train(1 if bits == 8 else 5, a, b, first=5)
-    tolerance = 1e-6 if bits == 32 else 3e-3
+    assert ("exp_avg" in a.state[mine[0]]) == (width == "32")
+    train(5 if width == "32" else 1, a, b, first=5)
+    tolerance = 1e-6 if width == "32" else 3e-3
     for p, q in zip(mine, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=tolerance)
     assert a.state[mine[0]]["step"] == b.state[theirs[0]]["step"]
@@ -161,9 +168,10 @@ def test_state_that_torch_keeps_in_the_parameters_dtype_becomes_float32():
 
 
 @pytest.mark.parametrize("cls", ADAMS)
-def test_8_bit_state_in_torchs_optimizer_fails_at_the_first_step_before_writing(cls):
+@pytest.mark.parametrize("code", CODES)
+def test_8_bit_state_in_torchs_optimizer_fails_at_the_first_step_before_writing(code, cls):
     """torch's load takes any keys; its first step misses the moments and names the first."""
-    a, mine = stepped(cls, (300,), optim_bits=8, min_8bit_size=0)
+    a, mine = stepped(cls, (300,), optim_bits=8, min_8bit_size=0, state_code=code)
     theirs = copied(mine)
     b = TORCH[cls](theirs)
     b.load_state_dict(a.state_dict())
@@ -207,18 +215,18 @@ def test_loading_takes_group_options_and_keeps_the_parameters_of_the_optimizer()
     assert [g["params"][0] is p for g, p in zip(b.param_groups, theirs, strict=True)] == [True] * 2
 
 
-@pytest.mark.parametrize("bits", [32, 8])
-def test_numbers_and_lists_of_a_plain_serializer_are_accepted(bits):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_numbers_and_lists_of_a_plain_serializer_are_accepted(width):
     """A step as a number, betas and memory order as lists, as JSON makes them."""
-    a, mine = stepped(qadam.AdamW, (300,), optim_bits=bits, min_8bit_size=0)
+    a, mine = stepped(qadam.AdamW, (300,), min_8bit_size=0, **WIDTHS[width])
     saved = copy.deepcopy(a.state_dict())
     entry = saved["state"][0]
     entry["step"] = int(entry["step"])
-    if bits == 8:
+    if width != "32":
         entry["memory_order"] = entry["memory_order"].tolist()
     saved["param_groups"][0]["betas"] = list(saved["param_groups"][0]["betas"])
     theirs = copied(mine)
-    b = qadam.AdamW(theirs, optim_bits=bits, min_8bit_size=0)
+    b = qadam.AdamW(theirs, min_8bit_size=0, **WIDTHS[width])
     b.load_state_dict(saved)
     train(3, a, b, first=1)
     assert same_bits(mine[0], theirs[0])
@@ -334,7 +342,8 @@ def test_a_damaged_dict_is_refused_by_key_and_the_optimizer_is_as_before(bits, d
     def make(bits):
         params = twins((400,), (300,), (5,), n=1)[0]
         groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.5}]
-        return qadam.AdamW(groups, optim_bits=bits, min_8bit_size=256)
+        # of the dynamic code; test_ratio.py damages the other
+        return qadam.AdamW(groups, optim_bits=bits, min_8bit_size=256, state_code="dynamic")
 
     source, target = make(bits), make(into)
     train(2, source)
@@ -389,7 +398,7 @@ def logical_values(p, entry, name):
     ordered = {
         key: value.permute(order) if key.endswith("_code") else value
         for key, value in entry.items()
-        if key.endswith(("_code", "_scale"))
+        if key.endswith(("_code", "_scale", "_range"))
     }
     return state_values(ordered, name).permute(inverse)
 
@@ -397,18 +406,18 @@ def logical_values(p, entry, name):
 def one_code_step(entry, name, shape):
     order = entry["memory_order"].tolist()
     inverse = [order.index(d) for d in range(len(order))]
-    code = entry[f"{name}_code"].permute(order)
-    step = code_step({f"{name}_code": code, f"{name}_scale": entry[f"{name}_scale"]}, name)
-    return step.reshape(code.shape).permute(inverse)
+    ordered = {k: v.permute(order) if k.endswith("_code") else v for k, v in entry.items()}
+    step = code_step(ordered, name)
+    return step.reshape(ordered[f"{name}_code"].shape).permute(inverse)
 
 
 @pytest.mark.parametrize("serializer", ["strides kept", "made contiguous"])
 @pytest.mark.parametrize("new", LAYOUTS)
 @pytest.mark.parametrize("old", LAYOUTS)
-@pytest.mark.parametrize("bits", [32, 8])
-def test_state_moves_to_another_memory_order_by_logical_index(bits, old, new, serializer):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_state_moves_to_another_memory_order_by_logical_index(width, old, new, serializer):
     p, q = laid_out(old), laid_out(new)
-    a, b = (qadam.AdamW([x], optim_bits=bits, min_8bit_size=0) for x in (p, q))
+    a, b = (qadam.AdamW([x], min_8bit_size=0, **WIDTHS[width]) for x in (p, q))
     train(4, a)
     with torch.no_grad():
         q.copy_(p)
@@ -421,7 +430,7 @@ def test_state_moves_to_another_memory_order_by_logical_index(bits, old, new, se
     b.load_state_dict(saved)
     for name in ("exp_avg", "exp_avg_sq"):
         x, y = logical_values(p, a.state[p], name), logical_values(q, b.state[q], name)
-        if bits == 32 or old == new:
+        if width == "32" or old == new:
             assert same_bits(x, y)
         else:
             assert ((x - y).abs() <= one_code_step(b.state[q], name, SHAPE)).all()
@@ -432,7 +441,7 @@ def test_state_moves_to_another_memory_order_by_logical_index(bits, old, new, se
     give_grads([p], [q], seed=9)
     a.step()
     b.step()
-    if bits == 32 or old == new:
+    if width == "32" or old == new:
         assert same_bits(p, q)
     else:
         assert (p - q).abs().max() < 1e-3
@@ -442,7 +451,8 @@ def test_state_moves_to_another_memory_order_by_logical_index(bits, old, new, se
 def test_8_bit_blocks_follow_the_memory_order_that_the_state_names(layout):
     """Wherever the bits of a scale differ, so does the block of 256 elements in memory."""
     p = laid_out(layout)
-    optimizer = qadam.AdamW8bit([p], min_8bit_size=0, betas=(0.0, 0.0))
+    options = {"min_8bit_size": 0, "betas": (0.0, 0.0), "state_code": "dynamic"}
+    optimizer = qadam.AdamW8bit([p], **options)
     give_grads([p], seed=3)
     optimizer.step()
     entry = optimizer.state[p]
@@ -451,17 +461,19 @@ def test_8_bit_blocks_follow_the_memory_order_that_the_state_names(layout):
     assert same_bits(entry["exp_avg_scale"], torch.stack(largest))
 
 
-@pytest.mark.parametrize(("old", "new"), [(32, 8), (8, 32)])
+@pytest.mark.parametrize(
+    ("old", "new"), [(old, new) for old in WIDTHS for new in WIDTHS if old != new]
+)
 @pytest.mark.parametrize("layout", ["channels_last", "transposed"])
 def test_width_and_memory_order_may_change_together(old, new, layout):
     p, q = laid_out("contiguous"), laid_out(layout)
-    a = qadam.AdamW([p], optim_bits=old, min_8bit_size=0)
-    b = qadam.AdamW([q], optim_bits=new, min_8bit_size=0)
+    a = qadam.AdamW([p], min_8bit_size=0, **WIDTHS[old])
+    b = qadam.AdamW([q], min_8bit_size=0, **WIDTHS[new])
     train(4, a)
     b.load_state_dict(a.state_dict())
     for name in ("exp_avg", "exp_avg_sq"):
         x, y = logical_values(p, a.state[p], name), logical_values(q, b.state[q], name)
-        if new == 32:
+        if new == "32":
             torch.testing.assert_close(x, y, rtol=2e-7, atol=0)
         else:
             assert ((x - y).abs() <= one_code_step(b.state[q], name, SHAPE)).all()
@@ -477,6 +489,10 @@ FORMATS = {
     "32 all": qstate.Format(32, amsgrad=True, history=True),
     "blocks all": qstate.Format(8, amsgrad=True, history=True),
     "whole all": qstate.Format(8, amsgrad=True, block_wise=False, history=True),
+    "ratio blocks": qstate.Format(8, code="ratio"),
+    "ratio whole": qstate.Format(8, block_wise=False, code="ratio"),
+    "ratio blocks all": qstate.Format(8, amsgrad=True, history=True, code="ratio"),
+    "ratio whole all": qstate.Format(8, True, False, True, "ratio"),
 }
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -489,13 +505,15 @@ def random_entry(p, stored, seed=0):
     """State of ``p``, stored so: values of eight decades, some of them zero."""
     generator = torch.Generator().manual_seed(seed)
 
-    def values():
+    def values(there):
         decades = 10 ** (-8 * torch.rand(p.shape, generator=generator))
-        values = torch.randn(p.shape, generator=generator) * decades
-        return values * (torch.rand(p.shape, generator=generator) > 0.1)
+        return torch.randn(p.shape, generator=generator) * decades * there
 
-    entry = {"step": torch.tensor(7.0), "exp_avg": values(), "exp_avg_sq": values().abs()}
-    entry |= {"max_exp_avg_sq": values().abs(), "mine": "kept"}
+    # as in training: no first moment without a second one, no second one above the third
+    there = torch.rand(p.shape, generator=generator) > 0.1
+    entry = {"step": torch.tensor(7.0), "exp_avg": values(there), "exp_avg_sq": values(there).abs()}
+    largest = torch.maximum(values(there).abs(), entry["exp_avg_sq"])
+    entry |= {"max_exp_avg_sq": largest, "mine": "kept"}
     entry["gnorm_vec"] = torch.rand(100, generator=generator)
     return qstate.fit(entry, p, stored, "p")
 
@@ -506,20 +524,12 @@ def bits_of(entry):
 
 def logical(entry, name):
     """A moment by index, decoded here: the number of its scales says what they belong to."""
-    if name in entry:
-        return entry[name]
-    code, scale = entry[f"{name}_code"], entry[f"{name}_scale"]
-    if scale.numel() == 1:
-        table = torch.tensor(qadam._core.dynamic_map(name == "exp_avg"))
-        return table[code.long()] * scale
     return logical_values(None, entry, name)
 
 
 def steps_of(entry, name):
     """One code step of each element, by index."""
-    scale, blocks = entry[f"{name}_scale"], -(-entry[f"{name}_code"].numel() // BLOCK)
-    everywhere = {**entry, f"{name}_scale": scale.repeat(blocks) if len(scale) == 1 else scale}
-    return one_code_step(everywhere, name, SHAPE)
+    return one_code_step(entry, name, SHAPE)
 
 
 @pytest.mark.parametrize("stored", FORMATS.values(), ids=FORMATS)
@@ -534,11 +544,14 @@ def test_state_has_a_scale_a_block_or_one_and_a_history_if_asked(shape, stored):
         if stored.bits == 32:
             names |= set(moments_of(stored))
         else:
-            names |= {f"{m}_{part}" for m in moments_of(stored) for part in ("code", "scale")}
+            names |= {f"{m}_code" for m in moments_of(stored)}
             names |= {"memory_order"}
             for moment in moments_of(stored):
-                assert entry[f"{moment}_scale"].shape == (count,)
-                assert entry[f"{moment}_scale"].dtype == torch.float32
+                is_range = stored.code == "ratio" and moment != "exp_avg"
+                key = f"{moment}_range" if is_range else f"{moment}_scale"
+                names.add(key)
+                assert entry[key].shape == (count * (2 if is_range else 1),)
+                assert entry[key].dtype == torch.float32
         assert entry.keys() == names
         assert qstate.format_of(entry) == stored._replace(
             block_wise=stored.block_wise or stored.bits == 32 or n <= BLOCK
@@ -578,12 +591,21 @@ def test_every_format_becomes_every_other(old, new, old_layout, new_layout):
     assert qstate.format_of(fitted) == new
     assert (fitted["step"], fitted["mine"]) == (7, "kept")
     same_place = old_layout == new_layout or not old.block_wise
+    ratio = "ratio" in (old.code, new.code)
     is_exact = new.bits == 32 or (
-        old.bits == 8 and same_place and (old.block_wise == new.block_wise or not old.block_wise)
+        old.bits == 8
+        and old.code == new.code
+        and not (ratio and old.amsgrad != new.amsgrad)
+        and same_place
+        and (old.block_wise == new.block_wise or not old.block_wise)
     )
     for name in moments_of(new):
         if name not in moments_of(old):
-            assert not logical(fitted, name).any()
+            if new.code == "ratio":  # begins as the second
+                off = (logical(fitted, name) - logical(entry, "exp_avg_sq")).abs()
+                assert (off <= steps_of(fitted, name)).all()
+            else:
+                assert not logical(fitted, name).any()
             continue
         x, y = logical(entry, name), logical(fitted, name)
         if is_exact:
@@ -592,7 +614,7 @@ def test_every_format_becomes_every_other(old, new, old_layout, new_layout):
             assert ((x - y).abs() <= steps_of(fitted, name) * (1 + 1e-6)).all()
         if new.bits == 8 and is_exact:
             assert same_bits(entry[f"{name}_code"], fitted[f"{name}_code"])
-        if new.bits == 8 and not new.block_wise and not is_exact:
+        if new.bits == 8 and not new.block_wise and not is_exact and new.code == "dynamic":
             assert fitted[f"{name}_scale"] == x.abs().max()
     if new.history and old.history:
         assert same_bits(fitted["gnorm_vec"], entry["gnorm_vec"])
@@ -668,7 +690,7 @@ BAD_ENTRIES = {
 }
 
 
-@pytest.mark.parametrize("into", ["32 all", "blocks all", "whole all"])
+@pytest.mark.parametrize("into", ["32 all", "blocks all", "whole all", "ratio blocks all"])
 @pytest.mark.parametrize("case", BAD_ENTRIES)
 def test_damaged_scales_and_histories_are_refused_by_key(case, into):
     damage, words = BAD_ENTRIES[case]
@@ -690,7 +712,7 @@ def test_one_scale_that_is_not_finite_is_refused():
             qstate.fit(entry, p, WHOLE, "p")
 
 
-@pytest.mark.parametrize("new", ["32", "blocks", "whole"])
+@pytest.mark.parametrize("new", ["32", "blocks", "whole", "ratio blocks"])
 def test_lazily_negated_state_is_taken_for_what_it_means(new):
     p = Parameter(torch.ones(600))
     entry = random_entry(p, FORMATS["32"])

@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import give_grads, train
+from conftest import CODES, WIDTHS, give_grads, scale_key, train
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 import qadam
 
-WIDTHS = pytest.mark.parametrize("bits", [32, 8])
+EACH_WIDTH = pytest.mark.parametrize("width", WIDTHS)
 SIDE = 24
 """Matrices of that many rows and columns: they can be transposed in place."""
 
 
-def trained(bits, **options):
+def trained(width, **options):
     """An optimizer of two square parameters whose gradients share one piece of memory."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2, SIDE, SIDE, generator=generator)
     params = [Parameter(value.clone()) for value in values]
-    optimizer = qadam.AdamW(params, optim_bits=bits, min_8bit_size=0, **options)
+    optimizer = qadam.AdamW(params, min_8bit_size=0, **WIDTHS[width], **options)
     train(2, optimizer)
     give_grads(params, seed=7)
     optimizer.step()
@@ -120,9 +120,9 @@ def names(changes):
     )
 
 
-def same_as_new(bits, change, **options):
+def same_as_new(width, change, **options):
     """Whether a known and a new engine do the same after ``change``; what they do."""
-    known, new = trained(bits, **options), trained(bits, **options)
+    known, new = trained(width, **options), trained(width, **options)
     for optimizer in (known, new):
         change(optimizer)
     new._engine = new._new_engine()
@@ -131,37 +131,48 @@ def same_as_new(bits, change, **options):
     return found
 
 
-@WIDTHS
+@EACH_WIDTH
 @names({key: change for key, change in CHANGES.items() if change is not reinterpret})
-def test_a_parameter_that_changes_in_place_is_noticed(bits, change):
-    same_as_new(bits, lambda o: change(o.param_groups[0]["params"][1]))
+def test_a_parameter_that_changes_in_place_is_noticed(width, change):
+    same_as_new(width, lambda o: change(o.param_groups[0]["params"][1]))
 
 
-@WIDTHS
+@EACH_WIDTH
 @names(CHANGES)
-def test_a_gradient_that_changes_in_place_is_noticed(bits, change):
-    same_as_new(bits, lambda o: change(o.param_groups[0]["params"][1].grad))
+def test_a_gradient_that_changes_in_place_is_noticed(width, change):
+    same_as_new(width, lambda o: change(o.param_groups[0]["params"][1].grad))
 
 
-@WIDTHS
+@EACH_WIDTH
 @names(CHANGES)
-def test_a_moment_that_changes_in_place_is_noticed(bits, change):
+def test_a_moment_that_changes_in_place_is_noticed(width, change):
     def apply(optimizer):
         entry, key = moment(optimizer)
         change(entry[key])
 
-    same_as_new(bits, apply)
+    same_as_new(width, apply)
 
 
-@WIDTHS
+@pytest.mark.parametrize("code", CODES)
+@names({key: change for key, change in CHANGES.items() if change is not transpose})
+def test_scales_that_change_in_place_are_noticed(code, change):
+    def apply(optimizer):
+        entry, _ = moment(optimizer)
+        change(entry[scale_key(entry, "exp_avg_sq")])
+
+    same_as_new(code, apply)
+
+
+@EACH_WIDTH
 @names({key: CHANGES[key] for key in ("negate", "free", "move", "reinterpret", "halve")})
-def test_a_count_that_changes_in_place_is_noticed(bits, change):
-    same_as_new(bits, lambda o: change(moment(o)[0]["step"]))
+def test_a_count_that_changes_in_place_is_noticed(width, change):
+    same_as_new(width, lambda o: change(moment(o)[0]["step"]))
 
 
 @names({key: CHANGES[key] for key in ("negate", "shorten", "expand", "free", "move")})
-def test_a_history_that_changes_in_place_is_noticed(change):
-    same_as_new(8, lambda o: change(moment(o)[0]["gnorm_vec"]), percentile_clipping=50)
+@pytest.mark.parametrize("code", CODES)
+def test_a_history_that_changes_in_place_is_noticed(code, change):
+    same_as_new(code, lambda o: change(moment(o)[0]["gnorm_vec"]), percentile_clipping=50)
 
 
 def replace_moment(optimizer):
@@ -199,7 +210,7 @@ def load_again(optimizer):
     optimizer.load_state_dict(saved)
 
 
-@WIDTHS
+@EACH_WIDTH
 @names(
     {
         change.__name__: change
@@ -214,8 +225,8 @@ def load_again(optimizer):
         )
     }
 )
-def test_state_that_is_replaced_is_noticed(bits, change):
-    same_as_new(bits, change)
+def test_state_that_is_replaced_is_noticed(width, change):
+    same_as_new(width, change)
 
 
 def set_option(name, value):
@@ -249,7 +260,7 @@ def drop_gradient(optimizer):
     optimizer.param_groups[0]["params"][0].grad = None
 
 
-@WIDTHS
+@EACH_WIDTH
 @names(
     {
         "lr": set_option("lr", 0.25),
@@ -264,8 +275,8 @@ def drop_gradient(optimizer):
         "drop_gradient": drop_gradient,
     }
 )
-def test_groups_that_change_are_noticed(bits, change):
-    error, *_ = same_as_new(bits, change)
+def test_groups_that_change_are_noticed(width, change):
+    error, *_ = same_as_new(width, change)
     assert error is None
 
 
@@ -279,10 +290,10 @@ def share_state(optimizer):
     one[key].data = other[key].data
 
 
-@WIDTHS
+@EACH_WIDTH
 @names({"parameters": share_parameters, "state": share_state})
-def test_memory_that_comes_to_be_shared_is_noticed(bits, change):
-    same_as_new(bits, change)
+def test_memory_that_comes_to_be_shared_is_noticed(width, change):
+    same_as_new(width, change)
 
 
 @pytest.mark.parametrize("what", ["moment", "parameter", "other parameter"])
@@ -309,10 +320,10 @@ def test_what_comes_to_lie_where_a_gradient_is_is_noticed(what):
     assert torch.equal(step_twice(5000, first=True), step_twice(5000, first=False))
 
 
-@WIDTHS
-def test_gradients_that_come_and_go_in_turns(bits):
+@EACH_WIDTH
+def test_gradients_that_come_and_go_in_turns(width):
     """Which parameters have gradients changes at every step, and some share memory."""
-    known, new = trained(bits), trained(bits)
+    known, new = trained(width), trained(width)
     for step in range(6):
         for optimizer in (known, new):
             p, q = optimizer.param_groups[0]["params"]
@@ -351,9 +362,9 @@ def attributes_read(optimizer):
 WITHOUT = "QADAM_TEST_NO_EXCHANGE" in os.environ
 
 
-@WIDTHS
-def test_attributes_are_read_where_a_glance_does_not_do(bits):
-    optimizer = trained(bits)
+@EACH_WIDTH
+def test_attributes_are_read_where_a_glance_does_not_do(width):
+    optimizer = trained(width)
     assert attributes_read(optimizer) == WITHOUT
     p = optimizer.param_groups[0]["params"][0]
     p.grad = p.grad.as_subclass(type("Other", (torch.Tensor,), {}))

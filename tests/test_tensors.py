@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import fingerprint, frozen, give_grads, same_bits, train
+from conftest import CODES, WIDTHS, fingerprint, frozen, give_grads, same_bits, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -14,11 +14,11 @@ from torch.nn import Parameter
 import qadam
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-WIDTHS = pytest.mark.parametrize("bits", [32, 8])
+EACH_WIDTH = pytest.mark.parametrize("width", WIDTHS)
 
 
-def optimizer_of(params, bits, **options):
-    return qadam.AdamW(params, lr=0.01, optim_bits=bits, min_8bit_size=0, **options)
+def optimizer_of(params, width, **options):
+    return qadam.AdamW(params, lr=0.01, min_8bit_size=0, **WIDTHS[width], **options)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -88,9 +88,9 @@ def sliced(g):
 
 @pytest.mark.parametrize("grad_layout", GRADS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@WIDTHS
+@EACH_WIDTH
 def test_any_layout_gives_the_bits_of_contiguous_parameters_in_the_same_memory_order(
-    bits, layout, grad_layout
+    width, layout, grad_layout
 ):
     """In place: strides, aliases and the gaps of the big tensor stay as they are."""
     shape, cut = LAYOUTS[layout]
@@ -105,7 +105,7 @@ def test_any_layout_gives_the_bits_of_contiguous_parameters_in_the_same_memory_o
     mask = torch.ones(shape, dtype=torch.bool)
     cut(mask).fill_(False)
     gaps = big[mask].clone()
-    ours, theirs = optimizer_of([p], bits), optimizer_of([reference], bits)
+    ours, theirs = optimizer_of([p], width), optimizer_of([reference], width)
     for step in range(3):
         logical = randn(*p.shape, seed=10 + step)
         p.grad = GRADS[grad_layout](logical, p)
@@ -140,10 +140,15 @@ def views(draw):
     return tuple(sizes), lambda big: big[tuple(cuts)].permute(order)
 
 
-@given(parameter=views(), seed=st.integers(0, 99), bits=st.sampled_from([8, 32]), data=st.data())
+@given(
+    parameter=views(),
+    seed=st.integers(0, 99),
+    width=st.sampled_from(sorted(WIDTHS)),
+    data=st.data(),
+)
 @settings(deadline=None, max_examples=150)
 def test_any_view_gives_the_bits_of_a_contiguous_copy_in_its_memory_order(
-    parameter, seed, bits, data
+    parameter, seed, width, data
 ):
     shape, cut = parameter
     big = randn(*shape, seed=seed)
@@ -154,7 +159,7 @@ def test_any_view_gives_the_bits_of_a_contiguous_copy_in_its_memory_order(
     mask = torch.ones(shape, dtype=torch.bool)
     cut(mask).fill_(False)
     gaps = big[mask].clone()
-    ours, theirs = optimizer_of([p], bits), optimizer_of([reference], bits)
+    ours, theirs = optimizer_of([p], width), optimizer_of([reference], width)
     for step in range(2):
         grad_order = data.draw(st.permutations(range(p.dim())))
         logical = randn(*p.shape, seed=seed + step + 1)
@@ -292,13 +297,13 @@ if hasattr(torch, "quantize_per_tensor"):
 
 @pytest.mark.parametrize(("make", "kind", "words"), list(WRONG.values()), ids=list(WRONG.keys()))
 @pytest.mark.parametrize("fresh", [True, False], ids=["first step", "later step"])
-@WIDTHS
+@EACH_WIDTH
 def test_a_gradient_that_does_not_fit_is_refused_before_anything_is_written(
-    bits, fresh, make, kind, words
+    width, fresh, make, kind, words
 ):
     """The good parameter before it, the one after it and all state stay bit-identical."""
     good, bad, last = Parameter(randn(300)), Given(randn(4, 3)), Parameter(randn(5))
-    optimizer = optimizer_of([{"params": [good]}, {"params": [last, bad]}], bits)
+    optimizer = optimizer_of([{"params": [good]}, {"params": [last, bad]}], width)
     for p in (good, bad, last):
         p.grad = torch.ones_like(p)
     if not fresh:
@@ -348,10 +353,10 @@ def test_gradients_at_an_address_that_is_no_multiple_of_their_size_are_refused_b
     assert frozen(optimizer) == before
 
 
-@WIDTHS
-def test_a_gradient_of_the_shape_before_a_data_swap_is_refused(bits):
+@EACH_WIDTH
+def test_a_gradient_of_the_shape_before_a_data_swap_is_refused(width):
     good, p = Parameter(randn(300)), Parameter(randn(4))
-    optimizer = optimizer_of([good, p], bits)
+    optimizer = optimizer_of([good, p], width)
     train(1, optimizer)
     give_grads([good, p], seed=5)
     p.data = torch.ones(3)
@@ -368,13 +373,13 @@ def test_a_gradient_of_the_shape_before_a_data_swap_is_refused(bits):
 @pytest.mark.parametrize(
     ("param_dtype", "grad_dtype"), list(itertools.product(FLOATS, FLOATS)), ids=str
 )
-@WIDTHS
-def test_every_pairing_of_parameter_and_gradient_dtype(bits, param_dtype, grad_dtype, layout):
+@EACH_WIDTH
+def test_every_pairing_of_parameter_and_gradient_dtype(width, param_dtype, grad_dtype, layout):
     """The gradient's values count, not their dtype: as if it had been widened to float32."""
     shape, cut = LAYOUTS[layout]
     p, q = (Parameter(cut(randn(*shape, dtype=param_dtype))) for _ in range(2))
     p.grad_dtype, q.grad_dtype = grad_dtype, torch.float32
-    a, b = optimizer_of([p], bits), optimizer_of([q], bits)
+    a, b = optimizer_of([p], width), optimizer_of([q], width)
     for step in range(3):
         grad = randn(*p.shape, seed=step, dtype=grad_dtype)
         p.grad, q.grad = grad, grad.float()
@@ -399,10 +404,10 @@ def test_gradient_dtype_may_change_between_steps():
     assert same_bits(p, q)
 
 
-@WIDTHS
-def test_lazily_negated_gradients_count_with_their_sign(bits):
+@EACH_WIDTH
+def test_lazily_negated_gradients_count_with_their_sign(width):
     p, q = (Parameter(randn(300)) for _ in range(2))
-    a, b = optimizer_of([p], bits), optimizer_of([q], bits)
+    a, b = optimizer_of([p], width), optimizer_of([q], width)
     for step in range(2):
         grad = randn(300, seed=step)
         p.grad, q.grad = torch._neg_view(grad), -grad
@@ -412,13 +417,13 @@ def test_lazily_negated_gradients_count_with_their_sign(bits):
     assert same_bits(p, q)
 
 
-@WIDTHS
-def test_a_lazily_negated_parameter_is_updated_or_refused_never_a_copy_of_it(bits):
+@EACH_WIDTH
+def test_a_lazily_negated_parameter_is_updated_or_refused_never_a_copy_of_it(width):
     values = randn(300)
     p, q = Parameter(torch._neg_view(values)), Parameter(-values)
     assert p.is_neg()
     try:
-        a, b = optimizer_of([p], bits), optimizer_of([q], bits)
+        a, b = optimizer_of([p], width), optimizer_of([q], width)
     except (TypeError, ValueError) as error:
         assert "parameter 0" in str(error)  # noqa: PT017 - either is fine, silence is not
         return
@@ -430,10 +435,10 @@ def test_a_lazily_negated_parameter_is_updated_or_refused_never_a_copy_of_it(bit
     assert list(a.state) == [p]
 
 
-@WIDTHS
-def test_a_parameter_whose_data_becomes_a_negated_view_is_updated_or_refused(bits):
+@EACH_WIDTH
+def test_a_parameter_whose_data_becomes_a_negated_view_is_updated_or_refused(width):
     p = Parameter(randn(300))
-    optimizer = optimizer_of([p], bits)
+    optimizer = optimizer_of([p], width)
     train(1, optimizer)
     values = randn(300)
     p.data = torch._neg_view(values)
@@ -453,10 +458,10 @@ def test_a_parameter_whose_data_becomes_a_negated_view_is_updated_or_refused(bit
 # What users replace between steps.
 
 
-def pair(bits, *shape):
+def pair(width, *shape):
     """Two equal parameters with optimizers that have made two equal steps."""
     p, q = (Parameter(randn(*shape)) for _ in range(2))
-    a, b = optimizer_of([p], bits), optimizer_of([q], bits)
+    a, b = optimizer_of([p], width), optimizer_of([q], width)
     train(2, a, b)
     return p, q, a, b
 
@@ -469,9 +474,9 @@ def after(p, q, a, b, first=2):
         assert same_bits(value, other) if torch.is_tensor(value) else value == other
 
 
-@WIDTHS
-def test_data_swapped_for_an_equal_tensor_is_updated_and_the_old_one_left_alone(bits):
-    p, q, a, b = pair(bits, 20, 30)
+@EACH_WIDTH
+def test_data_swapped_for_an_equal_tensor_is_updated_and_the_old_one_left_alone(width):
+    p, q, a, b = pair(width, 20, 30)
     old = p.data
     held = fingerprint(old)
     p.data = old.clone()
@@ -479,10 +484,10 @@ def test_data_swapped_for_an_equal_tensor_is_updated_and_the_old_one_left_alone(
     assert fingerprint(old) == held
 
 
-@WIDTHS
-def test_data_freed_and_allocated_anew_is_updated_where_it_is_now(bits):
+@EACH_WIDTH
+def test_data_freed_and_allocated_anew_is_updated_where_it_is_now(width):
     """As sharding does: the storage goes to nothing and comes back."""
-    p, q, a, b = pair(bits, 20, 30)
+    p, q, a, b = pair(width, 20, 30)
     values = p.detach().clone()
     p.untyped_storage().resize_(0)
     give_grads([p], seed=0)
@@ -497,15 +502,15 @@ def test_data_freed_and_allocated_anew_is_updated_where_it_is_now(bits):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@WIDTHS
-def test_a_model_cast_between_steps_goes_on_in_its_new_dtype(bits, dtype):
+@EACH_WIDTH
+def test_a_model_cast_between_steps_goes_on_in_its_new_dtype(width, dtype):
     model = nn.Linear(40, 30)
-    optimizer = optimizer_of(model.parameters(), bits)
+    optimizer = optimizer_of(model.parameters(), width)
     train(2, optimizer)
     model.to(dtype)
     p = model.weight
     q = Parameter(p.detach().clone())
-    other = optimizer_of([q], bits)
+    other = optimizer_of([q], width)
     saved = optimizer.state_dict()
     group = {**saved["param_groups"][0], "params": [0]}
     other.load_state_dict({"state": {0: saved["state"][0]}, "param_groups": [group]})
@@ -518,14 +523,14 @@ def test_a_model_cast_between_steps_goes_on_in_its_new_dtype(bits, dtype):
     assert optimizer.state[p]["step"] == 5
 
 
-@WIDTHS
-def test_a_model_made_channels_last_between_steps_keeps_its_state_by_logical_index(bits):
+@EACH_WIDTH
+def test_a_model_made_channels_last_between_steps_keeps_its_state_by_logical_index(width):
     model = nn.Conv2d(8, 6, 3)
-    optimizer = optimizer_of(model.parameters(), bits)
+    optimizer = optimizer_of(model.parameters(), width)
     train(2, optimizer)
     p = model.weight
     q = Parameter(p.detach().clone())
-    other = optimizer_of([q], bits)
+    other = optimizer_of([q], width)
     saved = optimizer.state_dict()
     group = {**saved["param_groups"][0], "params": [0]}
     other.load_state_dict({"state": {0: saved["state"][0]}, "param_groups": [group]})
@@ -535,7 +540,7 @@ def test_a_model_made_channels_last_between_steps_keeps_its_state_by_logical_ind
         give_grads([p], [q], seed=step)
         optimizer.step()
         other.step()
-        if bits == 32:
+        if width == "32":
             assert same_bits(p, q)
         else:
             assert (p - q).abs().max() < 2e-3
@@ -543,11 +548,11 @@ def test_a_model_made_channels_last_between_steps_keeps_its_state_by_logical_ind
     assert optimizer.state[p]["step"] == 5
 
 
-@WIDTHS
-def test_data_of_another_shape_needs_new_state(bits):
+@EACH_WIDTH
+def test_data_of_another_shape_needs_new_state(width):
     """Old state would be out of bounds; it is refused by key, and cleared it is made anew."""
     p, good = Parameter(randn(300)), Parameter(randn(5))
-    optimizer = optimizer_of([good, p], bits)
+    optimizer = optimizer_of([good, p], width)
     train(2, optimizer)
     p.grad = None
     p.data = torch.ones(2000)
@@ -613,9 +618,9 @@ def scattered(value):
 
 
 @pytest.mark.parametrize("change", list(CHANGES.values()), ids=list(CHANGES.keys()))
-@WIDTHS
-def test_state_replaced_by_equal_state_is_used_and_the_old_left_alone(bits, change):
-    p, q, a, b = pair(bits, 20, 30)
+@EACH_WIDTH
+def test_state_replaced_by_equal_state_is_used_and_the_old_left_alone(width, change):
+    p, q, a, b = pair(width, 20, 30)
     old = {k: v.detach() for k, v in a.state[p].items() if torch.is_tensor(v)}
     held = {k: (v, fingerprint(v)) for k, v in old.items()}
     change(a.state, p)
@@ -627,9 +632,9 @@ def test_state_replaced_by_equal_state_is_used_and_the_old_left_alone(bits, chan
     assert a.state[p]["step"] == 4
 
 
-@WIDTHS
-def test_the_whole_state_may_be_replaced_by_another_dictionary(bits):
-    p, q, a, b = pair(bits, 20, 30)
+@EACH_WIDTH
+def test_the_whole_state_may_be_replaced_by_another_dictionary(width):
+    p, q, a, b = pair(width, 20, 30)
     a.state = {p: {k: v.clone() if torch.is_tensor(v) else v for k, v in a.state[p].items()}}
     after(p, q, a, b)
 
@@ -643,29 +648,30 @@ FORGET = {
 
 
 @pytest.mark.parametrize("forget", list(FORGET.values()), ids=list(FORGET.keys()))
-@WIDTHS
-def test_state_that_was_cleared_begins_anew(bits, forget):
-    p, _, a, _ = pair(bits, 20, 30)
+@EACH_WIDTH
+def test_state_that_was_cleared_begins_anew(width, forget):
+    p, _, a, _ = pair(width, 20, 30)
     q = Parameter(p.detach().clone())
-    b = optimizer_of([q], bits)
+    b = optimizer_of([q], width)
     forget(a.state, p)
     after(p, q, a, b)
     assert a.state[p]["step"] == 2
 
 
-@WIDTHS
-def test_state_filled_in_place_is_used(bits):
-    p, q, a, b = pair(bits, 20, 30)
+@EACH_WIDTH
+def test_state_filled_in_place_is_used(width):
+    p, q, a, b = pair(width, 20, 30)
     for entry in (a.state[p], b.state[q]):
         entry["step"].fill_(40)
-        entry["exp_avg" if bits == 32 else "exp_avg_code"].zero_()
+        entry["exp_avg" if width == "32" else "exp_avg_code"].zero_()
     after(p, q, a, b)
     assert a.state[p]["step"] == 42
 
 
-def test_state_made_of_the_other_width_in_place_of_the_old_is_used():
-    p, q, a, b = pair(32, 20, 30)
-    _, _, eight, _ = pair(8, 20, 30)
+@pytest.mark.parametrize("code", CODES)
+def test_state_made_of_the_other_width_in_place_of_the_old_is_used(code):
+    p, q, a, b = pair("32", 20, 30)
+    _, _, eight, _ = pair(code, 20, 30)
     (entry,) = eight.state.values()
     for state, x in ((a.state, p), (b.state, q)):
         state[x].clear()
@@ -708,10 +714,10 @@ def test_state_that_does_not_fit_is_refused_at_every_step_before_anything_is_wri
         assert frozen(optimizer) == before
 
 
-@WIDTHS
-def test_state_tensors_that_share_memory_are_refused_at_every_step(bits):
+@EACH_WIDTH
+def test_state_tensors_that_share_memory_are_refused_at_every_step(width):
     p, q = Parameter(randn(300)), Parameter(randn(300))
-    optimizer = optimizer_of([p, q], bits)
+    optimizer = optimizer_of([p, q], width)
     train(2, optimizer)
     for key, value in optimizer.state[p].items():
         optimizer.state[q][key] = value
@@ -722,13 +728,13 @@ def test_state_tensors_that_share_memory_are_refused_at_every_step(bits):
         assert frozen(optimizer) == before
 
 
-@WIDTHS
-def test_state_that_shares_memory_with_a_parameter_is_refused(bits):
+@EACH_WIDTH
+def test_state_that_shares_memory_with_a_parameter_is_refused(width):
     """Both would be written at once."""
     p, q = Parameter(randn(300)), Parameter(randn(300))
-    optimizer = optimizer_of([p, q], bits)
+    optimizer = optimizer_of([p, q], width)
     train(2, optimizer)
-    name = "exp_avg" if bits == 32 else "exp_avg_code"
+    name = "exp_avg" if width == "32" else "exp_avg_code"
     dtype = optimizer.state[q][name].dtype
     optimizer.state[q][name] = p.detach().view(dtype)[:300]
     before = frozen(optimizer)
@@ -797,11 +803,11 @@ def test_parameters_that_share_memory_take_turns_as_in_torch(kind, backwards):
 
 
 @pytest.mark.parametrize("kind", SHARED)
-@WIDTHS
-def test_parameters_that_share_memory_give_the_bits_of_separate_optimizers_in_turn(kind, bits):
+@EACH_WIDTH
+def test_parameters_that_share_memory_give_the_bits_of_separate_optimizers_in_turn(kind, width):
     (big, mine), (other, theirs) = sharing(kind), sharing(kind)
-    together = optimizer_of(mine, bits)
-    apart = [optimizer_of([p], bits) for p in theirs]
+    together = optimizer_of(mine, width)
+    apart = [optimizer_of([p], width) for p in theirs]
     for step in range(3):
         give_grads(mine, theirs, seed=step)
         together.step()

@@ -10,10 +10,13 @@ import pytest
 import torch
 from conftest import (
     ADAMS,
+    CODES,
+    WIDTHS,
     code_step,
     fingerprint,
     frozen,
     give_grads,
+    in_ratio,
     same_bits,
     state_values,
     train,
@@ -33,6 +36,9 @@ MIXED = [(5000,), (3, 40), (), (0,), (64, 80)]
 """With the default ``min_8bit_size``, two of these have 8-bit state and the others 32-bit."""
 
 TORCH = {qadam.Adam: torch.optim.Adam, qadam.AdamW: torch.optim.AdamW}
+
+EACH_WIDTH = pytest.mark.parametrize("width", WIDTHS)
+EACH_CODE = pytest.mark.parametrize("code", CODES)
 
 
 def near(mine, theirs):
@@ -376,11 +382,11 @@ def test_zero_grad_clears_or_zeroes():
     assert params[0].grad is None
 
 
-@pytest.mark.parametrize("bits", [32, 8])
-def test_a_parameter_without_gradient_keeps_its_state_and_step_count(bits):
+@EACH_WIDTH
+def test_a_parameter_without_gradient_keeps_its_state_and_step_count(width):
     mine, theirs = twins((300,), (300,))
-    a = qadam.AdamW(mine, optim_bits=bits, min_8bit_size=0)
-    b = qadam.AdamW(theirs, optim_bits=bits, min_8bit_size=0)
+    a = qadam.AdamW(mine, min_8bit_size=0, **WIDTHS[width])
+    b = qadam.AdamW(theirs, min_8bit_size=0, **WIDTHS[width])
     mine[0].grad = torch.ones(300)
     a.step()
     assert list(a.state) == [mine[0]], "no gradient yet, no state yet"
@@ -431,12 +437,11 @@ def copies(optimizer):
     }
 
 
-@pytest.mark.parametrize(
-    "cls", [qadam.Adam32bit, qadam.AdamW32bit, qadam.Adam8bit, qadam.AdamW8bit]
-)
+@pytest.mark.parametrize("cls", ADAMS)
+@EACH_WIDTH
 @pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
-def test_a_copy_goes_on_alike_and_alone(cls, how):
-    optimizer = cls(twins(*MIXED)[0], lr=0.01, nonfinite="propagate")
+def test_a_copy_goes_on_alike_and_alone(cls, width, how):
+    optimizer = cls(twins(*MIXED)[0], lr=0.01, nonfinite="propagate", **WIDTHS[width])
     train(3, optimizer)
     before = frozen(optimizer)
     other = copies(optimizer)[how]
@@ -453,10 +458,11 @@ def test_a_copy_goes_on_alike_and_alone(cls, how):
         }
 
 
+@EACH_CODE
 @pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
-def test_a_copy_keeps_the_options_that_are_not_in_its_groups(how):
+def test_a_copy_keeps_the_options_that_are_not_in_its_groups(how, code):
     params = twins((300,))[0]
-    optimizer = qadam.AdamW(params, optim_bits=8, min_8bit_size=300)
+    optimizer = qadam.AdamW(params, optim_bits=8, min_8bit_size=300, state_code=code)
     params[0].grad = torch.full((300,), float("nan"))
     with pytest.warns(RuntimeWarning, match="300 gradient elements"):
         optimizer.step()
@@ -470,20 +476,23 @@ def test_a_copy_keeps_the_options_that_are_not_in_its_groups(how):
         p.grad = torch.ones(size)
         other.step()
         assert name in other.state[p]
+    assert in_ratio(other.state[p]) == (code == "ratio")
 
 
+@EACH_CODE
 @pytest.mark.parametrize("how", ["pickle", "deepcopy"])
-def test_a_copy_made_before_the_first_step_works(how):
+def test_a_copy_made_before_the_first_step_works(how, code):
     mine = twins(*MIXED)[0]
-    optimizer = qadam.AdamW8bit(mine)
+    optimizer = qadam.AdamW8bit(mine, state_code=code)
     other = copies(optimizer)[how]
     train(2, optimizer, other)
     assert all(map(same_bits, mine, other.param_groups[0]["params"]))
 
 
-def test_deepcopy_of_model_and_optimizer_together_keeps_them_together():
+@EACH_CODE
+def test_deepcopy_of_model_and_optimizer_together_keeps_them_together(code):
     model = nn.Sequential(nn.Linear(70, 70), nn.Linear(70, 3))
-    optimizer = qadam.AdamW8bit(model.parameters(), lr=0.01)
+    optimizer = qadam.AdamW8bit(model.parameters(), lr=0.01, state_code=code)
     train(2, optimizer)
     other_model, other = copy.deepcopy((model, optimizer))
     assert all(
@@ -495,9 +504,10 @@ def test_deepcopy_of_model_and_optimizer_together_keeps_them_together():
     assert all(map(same_bits, model.parameters(), other_model.parameters()))
 
 
-def test_deepcopy_keeps_the_memory_order_of_state():
+@EACH_CODE
+def test_deepcopy_keeps_the_memory_order_of_state(code):
     p = Parameter(torch.randn(4, 8, 6, 6).to(memory_format=torch.channels_last))
-    optimizer = qadam.AdamW8bit([p], min_8bit_size=0)
+    optimizer = qadam.AdamW8bit([p], min_8bit_size=0, state_code=code)
     train(2, optimizer)
     other = copy.deepcopy(optimizer)
     train(2, optimizer, other, first=2)
@@ -524,12 +534,11 @@ def through_a_file(state_dict):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize(
-    "cls", [qadam.Adam32bit, qadam.AdamW32bit, qadam.Adam8bit, qadam.AdamW8bit]
-)
-def test_resume_is_bit_exact(cls):
+@pytest.mark.parametrize("cls", ADAMS)
+@EACH_WIDTH
+def test_resume_is_bit_exact(cls, width):
     mine, theirs = twins(*MIXED)
-    a = cls(mine, lr=0.01, weight_decay=0.1)
+    a = cls(mine, lr=0.01, weight_decay=0.1, **WIDTHS[width])
     schedule = lr_scheduler.ExponentialLR(a, 0.9)
     for step in range(4):
         train(1, a, first=step)
@@ -538,7 +547,7 @@ def test_resume_is_bit_exact(cls):
     with torch.no_grad():
         for p, q in zip(mine, theirs, strict=True):
             q.copy_(p)
-    b = cls(theirs)
+    b = cls(theirs, **WIDTHS[width])
     resumed = lr_scheduler.ExponentialLR(b, 0.9)
     b.load_state_dict(saved)
     resumed.load_state_dict(schedule.state_dict())
@@ -551,9 +560,10 @@ def test_resume_is_bit_exact(cls):
     assert first[1:] == second[1:]
 
 
-def test_a_loaded_state_dict_shares_nothing_with_the_optimizer():
+@EACH_CODE
+def test_a_loaded_state_dict_shares_nothing_with_the_optimizer(code):
     mine, theirs = twins(*MIXED)
-    a, b = qadam.AdamW8bit(mine), qadam.AdamW8bit(theirs)
+    a, b = (qadam.AdamW8bit(params, state_code=code) for params in (mine, theirs))
     train(2, a)
     saved = a.state_dict()
     before = copy.deepcopy(saved)
@@ -565,9 +575,10 @@ def test_a_loaded_state_dict_shares_nothing_with_the_optimizer():
             assert fingerprint(saved["state"][index][key]) == fingerprint(value)
 
 
-def test_a_checkpoint_loaded_in_mid_training_replaces_all_state():
+@EACH_CODE
+def test_a_checkpoint_loaded_in_mid_training_replaces_all_state(code):
     mine, theirs = twins(*MIXED)
-    a, b = qadam.AdamW8bit(mine), qadam.AdamW8bit(theirs)
+    a, b = (qadam.AdamW8bit(params, state_code=code) for params in (mine, theirs))
     train(3, a)
     train(5, b, first=10)
     b.load_state_dict(a.state_dict())
@@ -578,30 +589,33 @@ def test_a_checkpoint_loaded_in_mid_training_replaces_all_state():
     assert all(map(same_bits, mine, theirs))
 
 
-@pytest.mark.parametrize(("old", "new"), [(32, 8), (8, 32)])
+@pytest.mark.parametrize(
+    ("old", "new"), [(old, new) for old in WIDTHS for new in WIDTHS if old != new]
+)
 def test_resume_into_another_width(old, new):
     """From 8 to 32 bits nothing is lost; the other way the values are within one code step."""
     mine, theirs = twins((5000,), (3, 40))
-    a = qadam.AdamW(mine, optim_bits=old)
+    a = qadam.AdamW(mine, **WIDTHS[old])
     train(4, a)
     with torch.no_grad():
         for p, q in zip(mine, theirs, strict=True):
             q.copy_(p)
-    b = qadam.AdamW(theirs, optim_bits=new)
+    b = qadam.AdamW(theirs, **WIDTHS[new])
     b.load_state_dict(through_a_file(a.state_dict()))
-    assert ("exp_avg_code" in b.state[theirs[0]]) == (new == 8)
+    assert ("exp_avg_code" in b.state[theirs[0]]) == (new != "32")
+    assert in_ratio(b.state[theirs[0]]) == (new == "ratio")
     assert "exp_avg" in b.state[theirs[1]], "a small tensor is 32 bits wide either way"
     for p, q in zip(mine, theirs, strict=True):
         before, after = a.state[p], b.state[q]
         assert same_bits(before["step"], after["step"])
         for name in ("exp_avg", "exp_avg_sq"):
             x, y = state_values(before, name), state_values(after, name)
-            if new == 8 and q is theirs[0]:
+            if new != "32" and q is theirs[0]:
                 assert ((x - y).abs() <= code_step(after, name)).all()
             else:
                 torch.testing.assert_close(x, y, rtol=2e-7, atol=0)
     train(1, a, b, first=4)
-    if new == 32:
+    if (old, new) == ("dynamic", "32"):
         assert all(map(same_bits, mine, theirs)), "the same values, so the same next step"
     else:
         assert (mine[0] - theirs[0]).abs().max() < 1e-3
@@ -647,10 +661,10 @@ class Tiny(nn.Module):
     [
         lambda p: qadam.Adam(p, lr=1e-2),
         lambda p: qadam.AdamW(p, lr=1e-2),
-        lambda p: qadam.Adam8bit(p, lr=1e-2, min_8bit_size=64),
-        lambda p: qadam.AdamW8bit(p, lr=1e-2, min_8bit_size=64),
+        lambda p: qadam.Adam8bit(p, lr=1e-2, min_8bit_size=64, state_code="dynamic"),
+        lambda p: qadam.AdamW8bit(p, lr=1e-2, min_8bit_size=64, state_code="ratio"),
     ],
-    ids=["Adam", "AdamW", "Adam8bit", "AdamW8bit"],
+    ids=["Adam", "AdamW", "Adam8bit, dynamic", "AdamW8bit, ratio"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_model_learns(make, dtype):

@@ -175,6 +175,10 @@ def read_coded(entry: Entry, name: str, shape: torch.Size, where: str) -> Coded:
     code = code_of(entry) or DYNAMIC
     codes = read_codes(entry, f"{name}_code", shape, where)
     key, first = code.scale_key(name), f"{MOMENTS[0][0]}_scale"
+    for other in (f"{name}_scale", f"{name}_range"):
+        if other != key and other in entry:
+            msg = f"{where}: the state has {other!r} beside {key!r}, which is another code's"
+            raise ValueError(msg)
     lengths = [code.scale_count(name, shape, block_wise) for block_wise in (True, False)]
     scales = read_scales(entry, key, lengths, where)
     others = get(entry, first, where)

@@ -36,7 +36,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         if not isinstance(given[name], int) or given[name] not in (0, 1):
             msg = f"{name} must be True or False, got {given[name]!r}"
             raise ValueError(msg)
-    if given["state_code"] not in CODES:
+    if given["state_code"] not in list(CODES):  # which also takes what has no hash
         accepted = " or ".join(f'"{name}"' for name in CODES)
         msg = f"state_code must be {accepted}, got {given['state_code']!r}"
         raise ValueError(msg)
