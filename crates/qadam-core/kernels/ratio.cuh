@@ -18,6 +18,8 @@ const float NEGLIGIBLE = 1.0f / 1267650600228229401496703205376.0f;
 
 const u32 ACROSS = 0xC13FA9A9u, ALONG = 0x9E3779B1u;
 
+const int SLACK = 64;
+
 // The ends of a range of roots, or a scale and nothing.
 struct alignas(8) Range {
     float low, high;
@@ -45,7 +47,7 @@ struct alignas(8) Range {
     __device__ __forceinline__ void join(Range old) {
         old.make_usable();
         if (!(old.high > 0.0f)) return;
-        low = fminf(low, old.low);
+        low = __float_as_int(low) + SLACK < __float_as_int(old.low) ? low : old.low;
         high = fmaxf(high, old.high);
     }
 

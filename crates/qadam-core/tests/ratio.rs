@@ -134,8 +134,8 @@ fn second_moments_of_zero_gradients_decay() {
             qadam_core::codec::Scale::read(&exp_avg_sq.scale[2 * block..2 * block + 2]),
             qadam_core::codec::Scale::default(),
         ];
-        let codes = [&exp_avg.code[start..end], &exp_avg_sq.code[start..end], &[]];
-        let decoded = qadam_core::codec::ratio::decode_block(codes, &scales);
+        let bytes = [&exp_avg.code[start..end], &exp_avg_sq.code[start..end], &[]];
+        let decoded = qadam_core::codec::ratio::decode_block(bytes, &scales);
         for (i, [_, v, _]) in decoded.into_iter().enumerate() {
             let log = f64::from(v / want[start + i]).ln();
             assert!(log.abs() < 0.6, "{}: {v} {}", start + i, want[start + i]);

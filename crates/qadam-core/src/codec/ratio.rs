@@ -70,6 +70,10 @@ pub(crate) const LIMIT: f32 = 4_611_686_018_427_387_904.0;
 /// Smaller scales of ratios are 0, so that others have a reciprocal.
 pub(crate) const NEGLIGIBLE: f32 = 1.0 / 1_267_650_600_228_229_401_496_703_205_376.0;
 
+/// How far in bits a range must reach below an old one that it is joined with to lower its end: more
+/// than what rounding makes of the lowest code, or elements that are kept would widen it step by step.
+const SLACK: u32 = 64;
+
 /// Where a root lies between two codes when nothing is left to chance: it takes the nearest.
 pub(crate) const HALF: u32 = 0x8000;
 
@@ -92,7 +96,9 @@ pub(crate) const fn usable_ratio(scale: f32) -> f32 {
 pub(crate) fn range(least: f32, largest: f32, old: Option<Scale>) -> Scale {
     let (mut least, mut largest) = (least, largest);
     if let Some(old) = old.map(usable_range).filter(|old| old.high > 0.0) {
-        (least, largest) = (least.min(old.low), largest.max(old.high));
+        // what the lowest code stands for may be a little below the range
+        let is_below = least.to_bits() + SLACK < old.low.to_bits();
+        (least, largest) = (if is_below { least } else { old.low }, largest.max(old.high));
     }
     if largest == 0.0 {
         return Scale::default();
@@ -168,17 +174,17 @@ impl Ratios {
     }
 
     /// The ratio of a code less that of 0.
-    fn decode(&self, code: i32) -> f32 {
+    fn decode(self, code: i32) -> f32 {
         code as f32 * self.cell
     }
 
     /// The nearest code less that of 0.
-    fn encode(&self, ratio: f32) -> i32 {
-        (ratio * self.gain).min(MOST).max(-MOST).round_ties_even() as i32
+    fn encode(self, ratio: f32) -> i32 {
+        (ratio * self.gain).clamp(-MOST, MOST).round_ties_even() as i32
     }
 
     /// What is lost where this code stands for `ratio`.
-    fn lost(&self, code: i32, ratio: f32) -> f32 {
+    fn lost(self, code: i32, ratio: f32) -> f32 {
         (-(code as f32)).mul_add(self.cell, ratio)
     }
 }

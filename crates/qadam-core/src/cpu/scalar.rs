@@ -82,24 +82,24 @@ impl Block {
     /// nobody else writes them.
     unsafe fn decode(coded: Moments8, len: usize) -> Self {
         // SAFETY: this function's contract; a moment that is not there has no codes.
-        let (codes, scales) = unsafe {
-            let codes = |of: RawCoded| from_raw_parts(of.code.cast_const(), len);
-            let third = coded.max_v.map_or(&[][..], codes);
-            ([codes(coded.m), codes(coded.v), third], coded.scales())
+        let (bytes, scales) = unsafe {
+            let of_moment = |of: RawCoded| from_raw_parts(of.code.cast_const(), len);
+            let third = coded.max_v.map_or(&[][..], of_moment);
+            ([of_moment(coded.m), of_moment(coded.v), third], coded.scales())
         };
         let mut values = [[0.0; BLOCK]; 3];
         match coded.code {
             Code::Dynamic => {
-                let moments = codes.into_iter().zip(SIGNS).zip(scales);
-                for (values, ((codes, sign), scale)) in values.iter_mut().zip(moments) {
+                let moments = bytes.into_iter().zip(SIGNS).zip(scales);
+                for (values, ((of, sign), scale)) in values.iter_mut().zip(moments) {
                     let scale = block::usable_scale(scale.high);
-                    for (value, &code) in values.iter_mut().zip(codes) {
+                    for (value, &code) in values.iter_mut().zip(of) {
                         *value = block::decode(code, scale, sign);
                     }
                 }
             }
             Code::Ratio => {
-                for (i, element) in ratio::decode(codes, &scales).enumerate() {
+                for (i, element) in ratio::decode(bytes, &scales).enumerate() {
                     [values[0][i], values[1][i], values[2][i]] = element;
                 }
             }

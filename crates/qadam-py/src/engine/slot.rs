@@ -7,8 +7,11 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString};
 use qadam_core::clip::HISTORY;
+use qadam_core::codec::Code;
 use qadam_core::cuda::DeviceState;
-use qadam_core::{BufferSpec, DType, Per, RawState, StateFormat, StateType, Walk, is_dense_like};
+use qadam_core::{
+    BufferSpec, DType, Per, RawState, StateCode, StateFormat, StateType, Walk, is_dense_like,
+};
 
 use super::items::{Item, holds, identities};
 use super::known::Known;
@@ -72,6 +75,12 @@ impl Slot {
             (true, false) => StateFormat::DYNAMIC8,
             (true, true) => StateFormat::RATIO8,
         };
+        // first moments in the ratio code are relative to AMSGrad's moment where there is one
+        let is_coupled = matches!(format.code, StateCode::Coded(Code::Ratio));
+        if is_coupled && !wanted.amsgrad && entry.contains("max_exp_avg_sq_code")? {
+            let text = format!("the state of parameter {index} is AMSGrad's; without is accepted");
+            return Err(PyValueError::new_err(text));
+        }
         let format = format.with_amsgrad(wanted.amsgrad);
         let format = format.with_block_wise(is_block_wise(entry, format, walk.len())?);
         let (shape, strides) = param.geometry()?;

@@ -234,12 +234,11 @@ unsafe impl<L: Lanes> BlockStep<L> for Step {
             }
             let [first, second, third] = moments;
             let padded = len.next_multiple_of(4 * L::N);
-            let mut scales = match coded.told {
-                Some(told) => told,
-                None => {
-                    let third = if AMSGRAD { pass.coder.range(1) } else { Scale::default() };
-                    [Scale::default(), pass.coder.range(0), third]
-                }
+            let mut scales = if let Some(told) = coded.told {
+                told
+            } else {
+                let third = if AMSGRAD { pass.coder.range(1) } else { Scale::default() };
+                [Scale::default(), pass.coder.range(0), third]
             };
             let key = ratio::key(coded.start / BLOCK as u64);
             let largest = divide::<L, AMSGRAD>(
@@ -341,7 +340,7 @@ struct Carry<L: Lanes> {
     cell: L::F,
     gain: L::F,
     eps: L::F,
-    carry: L::F,
+    by: L::F,
     /// NaN where a parameter is or may be.
     nan: L::F,
 }
@@ -356,7 +355,7 @@ impl<L: Lanes> Carry<L> {
                 cell: L::splat(cell),
                 gain: L::splat(gain),
                 eps: L::splat(c.eps),
-                carry: L::splat(c.carry),
+                by: L::splat(c.carry),
                 nan: L::splat(0.0),
             }
         }
@@ -392,7 +391,7 @@ impl<L: Lanes> Carry<L> {
                     let lost = L::fnma(L::to_float(code[i]), self.cell, ratio[i]);
                     let share = L::max(L::fnma(self.eps, inverse[i], one), zero);
                     let old = L::load(stage.p.add(at));
-                    let new = L::fnma(self.carry, L::mul(share, lost), old);
+                    let new = L::fnma(self.by, L::mul(share, lost), old);
                     self.nan = L::fma(new, zero, self.nan);
                     P::store::<L>(new, p.add(at));
                 }
