@@ -11,7 +11,7 @@ import numpy as np
 from qadam import _core
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
+import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 
@@ -32,7 +32,9 @@ def main() -> None:
         values.plot(grid, np.full(len(grid), -row), "|", markersize=14, label=name)
         middle = np.sqrt(grid[1:] * grid[:-1])
         steps.plot(middle, 50 * np.diff(grid) / middle, ".", markersize=3, label=name)
-    values.set(xscale="log", yticks=[], title="values of v, the block's largest is 1", ylim=(-2.6, 1))
+    values.set(
+        xscale="log", yticks=[], title="values of v, the block's largest is 1", ylim=(-2.6, 1)
+    )
     steps.set(xscale="log", yscale="log", title="largest error of the nearest value, % of v")
     values.legend(loc="upper left", ncols=1, fontsize=8)
     steps.grid(alpha=0.3)
