@@ -2,7 +2,7 @@
 //! in units of the update.
 //!
 //! **Roots.** What is coded is `s = sqrt(v)`, by which an update divides. The bits of a positive float,
-//! read as an integer, are its logarithm but for at most 0.09 of an octave; a [`Grid`] puts 511 values
+//! read as an integer, are its logarithm but for at most 0.09 of an octave; a grid puts 511 values
 //! at equal distances between those of a block's smallest positive root and of its largest, and 0
 //! besides. Every element so gets the same relative precision, whatever its size. A range is cut at
 //! [`OCTAVES`] below its upper end: smaller roots are raised to there, through which an update can only
@@ -11,8 +11,8 @@
 //! its code.
 //!
 //! **Chance.** What decides is a hash of the block's index, plus the element's index in the block times
-//! one irrational number, plus the step's times another, the golden ratio, modulo 1 ([`noise`],
-//! [`Coefficients::dither`]): over the steps every element gets numbers that fill the interval as
+//! one irrational number, plus the step's times another, the golden ratio, modulo 1
+//! ([`Coefficients::dither`]): over the steps every element gets numbers that fill the interval as
 //! evenly as any sequence does (Weyl 1916), so that a slow drift is rounded up the right number of
 //! times, with less of the scatter that independent numbers would have; and they are the same on every
 //! device.
