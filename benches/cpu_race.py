@@ -134,6 +134,9 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "qadam.AdamW": Contender(from_package(["qadam"], "AdamW"), 12),
     "qadam.AdamW8bit": Contender(QADAM_8BIT, 6.1),
+    "qadam.AdamW8bit, ratio": Contender(
+        from_package(["qadam"], "AdamW8bit", min_8bit_size=0, state_code="ratio"), 6.1
+    ),
     "qadam.AdamW8bit, avx512": Contender(QADAM_8BIT, 16, backend="avx512"),
     "qadam.AdamW8bit, avx2": Contender(QADAM_8BIT, 16, backend="avx2"),
     "DeepSpeedCPUAdam": Contender(

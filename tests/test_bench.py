@@ -80,6 +80,7 @@ def test_the_report_has_every_sample_and_the_chart_is_drawn(tmp_path):
         TORCH,
         "qadam.AdamW",
         "qadam.AdamW8bit",
+        "qadam.AdamW8bit, ratio",
     ]
     for name, row in rows.items():
         assert name in done.stdout
@@ -92,6 +93,7 @@ def test_the_report_has_every_sample_and_the_chart_is_drawn(tmp_path):
     assert rows["qadam.AdamW"]["state_bytes_per_param"] == 8
     assert rows["qadam.AdamW"]["step_bytes_per_param"] == 28
     assert rows["qadam.AdamW8bit"]["step_bytes_per_param"] == 16.0625
+    assert rows["qadam.AdamW8bit, ratio"]["step_bytes_per_param"] == 16.09375
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -366,7 +368,8 @@ def test_a_peer_that_does_not_install_says_why(monkeypatch):
 
 def test_quick_has_torch_alone(cpu):
     quick = cpu.chosen(None, quick=True)
-    assert quick == ["torch.optim.AdamW(foreach=True)", "qadam.AdamW", "qadam.AdamW8bit"]
+    own = ["qadam.AdamW", "qadam.AdamW8bit", "qadam.AdamW8bit, ratio"]
+    assert quick == ["torch.optim.AdamW(foreach=True)", *own]
     assert cpu.chosen(["AdamW8bit, avx2", "DeepSpeed"], quick=False) == [
         "qadam.AdamW8bit, avx2",
         "DeepSpeedCPUAdam",
