@@ -495,10 +495,11 @@ mod tests {
                 let scales = encode([&values[0], &values[1], third], [a, b, c]);
                 let codes = codes.each_ref().map(Vec::as_slice);
                 for (i, [m, v, max_v]) in decode_block(codes, &scales).into_iter().enumerate() {
-                    // half a cell of 2^23 bits an octave; squares have twice the error
+                    // half a cell of 2^23 bits an octave, squared
                     let octaves = |cells: f64, scale: Scale| {
                         let bits = scale.high.to_bits() - scale.low.to_bits();
-                        2.0 * f64::from(bits) / f64::from(1 << 23) / cells / 2.0 + 1e-5
+                        let root = f64::from(bits) / f64::from(1 << 23) / cells / 2.0;
+                        (1.0 + root) * (1.0 + root) - 1.0 + 1e-5
                     };
                     let near = |got: f32, want: f32, octaves: f64| {
                         let ratio = f64::from(got) / f64::from(want);
