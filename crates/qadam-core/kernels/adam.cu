@@ -44,6 +44,7 @@ __device__ __forceinline__ int step_block(
         if ((outcome & NONFINITE) > 0 && is_8bit) make_finite(block.v);
         if (is_ratio) {
             put(desk.stage, block.v, place);
+            __syncwarp();  // where the block stays, the next one may find them on the stage
         } else if (!(outcome & KEPT) || desk.v.is_told()) {
             store_second_moment(block.v, desk.v, is_8bit, place, tables, outcome & KEEPS);
         }
