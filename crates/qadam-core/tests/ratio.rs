@@ -76,6 +76,7 @@ fn errors_of_first_moments_do_not_add_up() {
     assert!(after[1] / LEN as f64 / hyper.lr < 0.1, "{after:?}");
 }
 
+/// One scale of ratios for all may grow by a rounding: it is found by what all elements decode to.
 #[test]
 fn elements_that_are_kept_keep_parameter_and_codes() {
     for (format, backend) in
@@ -88,7 +89,10 @@ fn elements_that_are_kept_keep_parameter_and_codes() {
         }
         let (before, old) = (adam.state(id).unwrap().0.clone(), p.clone());
         adam.step(&mut [Update::new(id, &mut p[..], &[f32::NAN; LEN][..])]).unwrap();
-        assert_eq!((adam.state(id).unwrap().0, &p), (&before, &old), "{format} {backend:?}");
+        if format.block_wise {
+            assert_eq!(adam.state(id).unwrap().0, &before, "{format} {backend:?}");
+        }
+        assert_eq!(p, old, "{format} {backend:?}");
         // an element of a block moves, whose moments are neither the largest nor the smallest
         let moves = |i: usize| i % 256 == 100;
         let one: Vec<f32> = (0..LEN).map(|i| if moves(i) { 0.0 } else { f32::NAN }).collect();
