@@ -1,6 +1,7 @@
 """The sweep over an optimizer's tensors: what it remembers from step to step changes nothing. After
 whatever users do between two steps, an engine that remembers does as a new one does."""
 
+import math
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 import qadam
+from qadam import _core
 
 EACH_WIDTH = pytest.mark.parametrize("width", WIDTHS)
 SIDE = 24
@@ -96,6 +98,21 @@ def free(tensor):
     tensor.untyped_storage().resize_(0)
 
 
+def free_by_an_alias(tensor):
+    tensor.detach().untyped_storage().resize_(0)
+
+
+def grow_by_an_alias(tensor):
+    """The tensor's values go elsewhere with the memory that it shares."""
+    alias = tensor.detach()
+    alias.resize_(2 * alias.numel() + 4096)
+
+
+def swap(tensor):
+    """The object becomes another tensor, and the other one this."""
+    torch.utils.swap_tensors(tensor, Parameter(tensor.detach().clone()))
+
+
 def move(tensor):
     tensor.data = tensor.data.clone()
 
@@ -109,6 +126,8 @@ CHANGES = {
     "reinterpret": reinterpret,
     "halve": halve,
     "free": free,
+    "free by an alias": free_by_an_alias,
+    "grow by an alias": grow_by_an_alias,
     "move": move,
 }
 """What can become of a tensor."""
@@ -132,7 +151,7 @@ def same_as_new(width, change, **options):
 
 
 @EACH_WIDTH
-@names({key: change for key, change in CHANGES.items() if change is not reinterpret})
+@names({k: change for k, change in CHANGES.items() if change is not reinterpret} | {"swap": swap})
 def test_a_parameter_that_changes_in_place_is_noticed(width, change):
     same_as_new(width, lambda o: change(o.param_groups[0]["params"][1]))
 
@@ -321,6 +340,32 @@ def test_what_comes_to_lie_where_a_gradient_is_is_noticed(what):
 
 
 @EACH_WIDTH
+@pytest.mark.parametrize("of", ["parameter", "gradient", "moment"])
+def test_shapes_of_many_dimensions_are_noticed(width, of):
+    """torch keeps them elsewhere than in the tensor."""
+
+    def trained(shape=(2, 3, 2, 2, 2, 2, 2, 4)):
+        p = Parameter(torch.linspace(-1, 1, math.prod(shape)).view(shape))
+        optimizer = qadam.AdamW([p], min_8bit_size=0, **WIDTHS[width])
+        give_grads([p], seed=3)
+        for _ in range(4):
+            optimizer.step()
+        return optimizer
+
+    def turn(optimizer):
+        p = optimizer.param_groups[0]["params"][0]
+        entry, key = moment(optimizer)
+        tensor = {"parameter": p, "gradient": p.grad, "moment": entry[key]}[of]
+        tensor.data = tensor.data.transpose(0, 1) if of == "moment" else tensor.data.transpose(2, 3)
+
+    known, new = trained(), trained()
+    for optimizer in (known, new):
+        turn(optimizer)
+    new._engine = new._new_engine()
+    assert outcome(known) == outcome(new)
+
+
+@EACH_WIDTH
 def test_gradients_that_come_and_go_in_turns(width):
     """Which parameters have gradients changes at every step, and some share memory."""
     known, new = trained(width), trained(width)
@@ -360,6 +405,13 @@ def attributes_read(optimizer):
 
 
 WITHOUT = "QADAM_TEST_NO_EXCHANGE" in os.environ
+LACKS = ("QADAM_TEST_NO_EXCHANGE", "QADAM_TEST_NO_IMPRESSIONS")
+"""What conftest.py takes away from torch."""
+
+
+def test_impressions_are_taken():
+    expected = sys.platform == "linux" and "QADAM_TEST_NO_IMPRESSIONS" not in os.environ
+    assert _core.takes_impressions() == expected
 
 
 @EACH_WIDTH
@@ -373,10 +425,11 @@ def test_attributes_are_read_where_a_glance_does_not_do(width):
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("name", ["test_sweep.py", "test_hostile.py", "test_tensors.py"])
-def test_all_is_the_same_with_a_torch_that_lacks_the_exchange_api(name):
+@pytest.mark.parametrize("lack", LACKS)
+def test_all_is_the_same_with_a_torch_that_lacks_something(name, lack):
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-k", "not lacks_the_exchange_api", str(here / name)]  # not itself again
-    environment = {**os.environ, "QADAM_TEST_NO_EXCHANGE": "1"}
+    command += ["-k", "not lacks_something", str(here / name)]  # not itself again
+    environment = {**os.environ, lack: "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=here.parent)
     assert done.returncode == 0, done.stdout[-3000:]

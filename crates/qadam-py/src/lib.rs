@@ -4,12 +4,14 @@
 //! * `paging` hands out paged memory as tensors (`dlpack`);
 //! * `quantize` encodes and decodes state for checkpoints of another width;
 //! * `software` lets the tests stand CPU memory in for a GPU's;
-//! * `tensor` reads what is needed of a torch tensor, `exchange` the same at a glance.
+//! * `tensor` reads what is needed of a torch tensor, `exchange` the same at a glance,
+//!   `impression` whether anything of one has changed.
 
 mod dlpack;
 mod engine;
 mod error;
 mod exchange;
+mod impression;
 mod paging;
 mod quantize;
 mod software;
@@ -27,6 +29,8 @@ mod _core {
     use super::engine::Engine;
     #[pymodule_export]
     use super::error::CudaError;
+    #[pymodule_export]
+    use super::impression::takes_impressions;
     #[pymodule_export]
     use super::paging::{check_paging, initialise_pages, memory_tier, page_state, settle_pages};
     #[pymodule_export]

@@ -9,6 +9,7 @@ use super::known::{Known, is_same};
 use super::slot::Slot;
 use crate::error::to_python;
 use crate::exchange::Exchange;
+use crate::impression::Impression;
 use crate::tensor::{Element, Tensor};
 
 /// A gradient that passed every check.
@@ -18,12 +19,42 @@ pub struct Gradient<'py> {
     pub dtype: DType,
     /// `None` where they are the parameter's.
     strides: Option<Vec<isize>>,
+    /// To be kept for the next step.
+    pub last: Last,
+}
+
+/// What is remembered of a parameter's gradient from one step to the next.
+#[derive(Clone, Copy, Default)]
+pub struct Last {
+    /// Where the object was: most gradients are new at every step, of which no impression is worth
+    /// taking.
+    object: usize,
+    /// What it was, its address and type, if its strides were the parameter's and it had been there before.
+    known: Option<(Impression, usize, DType)>,
+}
+
+impl Last {
+    /// Announces that the parameter's gradient will be looked at.
+    pub fn prefetch(&self) {
+        self.known.inspect(|(impression, ..)| impression.prefetch());
+    }
 }
 
 impl<'py> Gradient<'py> {
     /// The gradient that `object` is, if it is seen at a glance to fit `param`. If not, its attributes
-    /// say what it is ([`Tensor::read_gradient`]).
-    pub fn at_a_glance(object: &Bound<'py, PyAny>, param: &Known) -> Option<Self> {
+    /// say what it is ([`Tensor::read_gradient`]). `last` is what was kept of the one before.
+    pub fn at_a_glance(object: &Bound<'py, PyAny>, param: &Known, last: &Last) -> Option<Self> {
+        if let Some((impression, pointer, dtype)) = last.known
+            && impression.holds(object)
+        {
+            return Some(Self {
+                object: object.clone(),
+                pointer,
+                dtype,
+                strides: None,
+                last: *last,
+            });
+        }
         let seen = Exchange::get(object.py())?.see(object)?;
         let Element::Float(dtype) = seen.element else {
             return None;
@@ -34,7 +65,12 @@ impl<'py> Gradient<'py> {
         }
         let strides = (!is_same(seen.strides, param.strides()))
             .then(|| seen.strides.iter().map(|&stride| stride as isize).collect());
-        Some(Self { object: object.clone(), pointer: seen.pointer, dtype, strides })
+        let (pointer, place) = (seen.pointer, object.as_ptr().addr());
+        let comes_back = strides.is_none() && last.object == place;
+        let impression = if comes_back { Impression::take(object, &seen) } else { None };
+        let known = impression.map(|impression| (impression, pointer, dtype));
+        let last = Last { object: place, known };
+        Some(Self { object: object.clone(), pointer, dtype, strides, last })
     }
 
     /// The gradient that `tensor` is, of a parameter of these strides and its shape.
@@ -43,7 +79,8 @@ impl<'py> Gradient<'py> {
         let is_alike =
             strides.iter().map(|&stride| stride as i64).eq(param_strides.iter().copied());
         let Tensor { object, pointer, dtype, .. } = tensor;
-        Ok(Self { object, pointer, dtype, strides: (!is_alike).then_some(strides) })
+        let strides = (!is_alike).then_some(strides);
+        Ok(Self { object, pointer, dtype, strides, last: Last::default() })
     }
 
     /// The bytes from its first element to behind its last; `slot` is its parameter's.

@@ -4,12 +4,14 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::impression::prefetch;
+
 /// Addresses of a key and its value.
 pub type Item = (usize, usize);
 
 /// Keys and values by identity, in order.
-pub fn identities(dict: &Bound<'_, PyDict>) -> Vec<Item> {
-    dict.iter().map(|(key, value)| (key.as_ptr().addr(), value.as_ptr().addr())).collect()
+pub fn identities(dict: &Bound<'_, PyDict>) -> impl Iterator<Item = Item> {
+    dict.iter().map(|(key, value)| (key.as_ptr().addr(), value.as_ptr().addr()))
 }
 
 /// Whether [`identities`] would give `items`. What has been freed since may have given its address to
@@ -26,4 +28,35 @@ pub fn holds(dict: &Bound<'_, PyDict>, items: &[Item]) -> bool {
         }
     }
     items.next().is_none()
+}
+
+/// Where Python keeps a dictionary and its table. Only hints: nothing is read there.
+#[derive(Clone, Copy)]
+pub struct Place {
+    object: usize,
+    table: usize,
+}
+
+impl Place {
+    /// Where the table's address is in a dictionary.
+    const TABLE: usize = 4 * size_of::<usize>();
+
+    pub fn of(dict: &Bound<'_, PyDict>) -> Self {
+        let size =
+            dict.get_type().getattr("__basicsize__").and_then(|size| size.extract::<usize>());
+        let table = if size.is_ok_and(|size| size >= Self::TABLE + size_of::<usize>()) {
+            // SAFETY: a dictionary, which has as many bytes as its type says; whatever it holds
+            // there, a number is read.
+            unsafe { dict.as_ptr().byte_add(Self::TABLE).cast::<usize>().read() }
+        } else {
+            0 // there is then nothing to hint at
+        };
+        Self { object: dict.as_ptr().addr(), table }
+    }
+
+    /// Announces that [`holds`] will be asked.
+    pub fn prefetch(self) {
+        prefetch(self.object, Self::TABLE + size_of::<usize>());
+        prefetch(self.table, 4 * 64); // a few entries
+    }
 }

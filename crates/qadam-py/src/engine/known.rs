@@ -1,10 +1,12 @@
 //! What is remembered of a tensor that was checked, so that it need not be checked again.
 
+use std::cell::Cell;
+
 use pyo3::intern;
 use pyo3::prelude::*;
 
-use super::nearby::Nearby;
 use crate::exchange::{Exchange, Seen};
+use crate::impression::Impression;
 use crate::tensor::{Device, Element, Tensor, Torch, is_freed, is_negated};
 
 /// Whether two short lists are equal: without a call, as slices are compared.
@@ -17,10 +19,16 @@ pub struct Known {
     pub object: Py<PyAny>,
     pub pointer: usize,
     pub device: Device,
+    /// What it was when it was last found to be unchanged.
+    impression: Cell<Option<Impression>>,
+    rest: Box<Rest>,
+}
+
+/// What is looked at only where there is no impression, or another one.
+struct Rest {
     element: Element,
-    /// Shape and strides, one after the other.
-    geometry: Box<[i64]>,
-    nearby: Nearby,
+    shape: Box<[i64]>,
+    strides: Box<[i64]>,
 }
 
 impl Known {
@@ -32,23 +40,23 @@ impl Known {
         shape: &[usize],
         strides: &[isize],
     ) -> Self {
-        let sizes = shape.iter().map(|&size| size as i64);
-        let geometry = sizes.chain(strides.iter().map(|&stride| stride as i64)).collect();
-        let nearby = Nearby::new(&object);
-        Self { object: object.unbind(), pointer, device, element, geometry, nearby }
+        let shape = shape.iter().map(|&size| size as i64).collect();
+        let strides = strides.iter().map(|&stride| stride as i64).collect();
+        let rest = Box::new(Rest { element, shape, strides });
+        Self { object: object.unbind(), pointer, device, impression: Cell::default(), rest }
     }
 
     /// Announces that [`is_unchanged`](Self::is_unchanged) will be asked.
     pub fn prefetch(&self) {
-        self.nearby.prefetch();
+        self.impression.get().inspect(Impression::prefetch);
     }
 
     pub fn shape(&self) -> &[i64] {
-        self.geometry.split_at(self.geometry.len() / 2).0
+        &self.rest.shape
     }
 
     pub fn strides(&self) -> &[i64] {
-        self.geometry.split_at(self.geometry.len() / 2).1
+        &self.rest.strides
     }
 
     /// Whether `object` is the same tensor with the same memory, which it sees in the same way: then
@@ -57,8 +65,15 @@ impl Known {
         if !object.is(&self.object) {
             return Ok(false);
         }
+        if self.impression.get().is_some_and(|impression| impression.holds(object)) {
+            return Ok(true);
+        }
         match Exchange::get(object.py()).and_then(|exchange| exchange.see(object)) {
-            Some(seen) => Ok(self.looks_like(&seen)),
+            Some(seen) if self.looks_like(&seen) => {
+                self.impression.set(Impression::take(object, &seen));
+                Ok(true)
+            }
+            Some(_) => Ok(false),
             None => self.has_attributes_of(object),
         }
     }
@@ -66,7 +81,7 @@ impl Known {
     fn looks_like(&self, seen: &Seen<'_>) -> bool {
         seen.pointer == self.pointer
             && seen.device == self.device
-            && seen.element == self.element
+            && seen.element == self.rest.element
             && is_same(seen.shape, self.shape())
             && is_same(seen.strides, self.strides())
     }
@@ -80,7 +95,7 @@ impl Known {
             && (self.shape().contains(&0) || !is_freed(object, self.pointer)?)
             && !is_negated(object)?
             && Device::of(object)? == Some(self.device)
-            && Torch::get(py)?.element(&dtype) == Some(self.element)
+            && Torch::get(py)?.element(&dtype) == Some(self.rest.element)
             && list(object.getattr(intern!(py, "shape"))?)? == self.shape()
             && list(object.call_method0(intern!(py, "stride"))?)? == self.strides())
     }

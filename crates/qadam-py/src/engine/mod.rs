@@ -6,8 +6,7 @@
 //!
 //! * `tensors`: gathers gradients, keeps slots current, finds who shares memory;
 //! * `run`: hands them to the devices;
-//! * `slot`: one parameter and its state, `known`: what is remembered of a tensor,
-//!   `nearby`: where;
+//! * `slot`: one parameter and its state, `known`: what is remembered of a tensor;
 //! * `items`: whether a dictionary holds what it held;
 //! * `gradient`: what is read of a gradient;
 //! * `groups`: hyperparameters;
@@ -20,7 +19,6 @@ mod gradient;
 mod groups;
 mod items;
 mod known;
-mod nearby;
 mod run;
 mod slot;
 mod tensors;
@@ -136,6 +134,9 @@ impl Engine {
         let Ok(tensors) = self.0.try_lock() else {
             return Ok(()); // in the middle of a step, all of it is in use
         };
+        if let Some(updated) = &tensors.updated {
+            visit.call(updated)?;
+        }
         for slot in tensors.slots() {
             visit.call(&slot.param.object)?;
             visit.call(&slot.entry)?;

@@ -32,6 +32,11 @@ impl<S> Default for Part<S> {
 }
 
 impl<S> Part<S> {
+    pub fn reserve(&mut self, count: usize) {
+        self.steps.reserve(count);
+        self.pending.reserve(count);
+    }
+
     pub fn push(&mut self, step: S, position: usize) {
         self.steps.push(step);
         self.pending.push(position);

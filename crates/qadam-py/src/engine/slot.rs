@@ -12,9 +12,12 @@ use qadam_core::cuda::DeviceState;
 use qadam_core::{
     BufferSpec, DType, Per, RawState, StateCode, StateFormat, StateType, Walk, is_dense_like,
 };
+use smallvec::SmallVec;
 
-use super::items::{Item, holds, identities};
+use super::gradient::Last;
+use super::items::{Item, Place, holds, identities};
 use super::known::Known;
+use crate::impression::prefetch;
 use crate::tensor::{Device, Element, Tensor, Torch, is_freed, is_negated};
 
 /// A parameter that has state.
@@ -28,13 +31,16 @@ pub struct Slot {
     /// Where its gradient was when it was last found to share no memory with what steps write; empty
     /// where that is to be found out.
     pub apart: Range<usize>,
+    /// Of its last gradient.
+    pub gradient: Last,
     pub entry: Py<PyDict>,
+    entry_place: Place,
     /// What `entry` held when it was checked.
-    items: Vec<Item>,
+    items: SmallVec<[Item; 5]>,
     /// Its keys, so that no others get their addresses; the tensors are kept below.
     _keys: Box<[Py<PyAny>]>,
     pub count: StateTensor,
-    pub moments: Vec<StateTensor>,
+    pub moments: SmallVec<[StateTensor; 4]>,
     /// The norms of its gradients, where they limit the next one.
     pub history: Option<StateTensor>,
     pub format: StateFormat,
@@ -84,7 +90,7 @@ impl Slot {
         let format = format.with_amsgrad(wanted.amsgrad);
         let format = format.with_block_wise(is_block_wise(entry, format, walk.len())?);
         let (shape, strides) = param.geometry()?;
-        let mut moments = Vec::new();
+        let mut moments = SmallVec::new();
         for spec in format.buffers(walk.len()) {
             moments.push(StateTensor::new(index, &spec, param, &shape, &strides, entry)?);
         }
@@ -105,13 +111,15 @@ impl Slot {
             walk: walk.clone(),
             wave: 0,
             apart: 0..0,
+            gradient: Last::default(),
             count: single("step", 1)?,
             moments,
             history,
             format,
-            items: identities(entry),
+            items: identities(entry).collect(),
             _keys: entry.iter().map(|(key, _)| key.unbind()).collect(),
             entry: entry.clone().unbind(),
+            entry_place: Place::of(entry),
         })
     }
 
@@ -141,14 +149,22 @@ impl Slot {
             .expect("`Slot::new` makes as many tensors as the format has")
     }
 
-    /// Announces that [`is_current`](Self::is_current) will be asked.
+    /// Announces that the parameter and its gradient will be looked at.
     pub fn prefetch(&self) {
         self.param.prefetch();
-        self.tensors().for_each(|tensor| tensor.known.prefetch());
+        self.gradient.prefetch();
+        self.entry_place.prefetch();
+        prefetch(self.count.known.pointer, size_of::<f32>());
     }
 
-    /// Whether everything is where it was when the slot was made, and what is needed.
-    pub fn is_current(&self, param: &Bound<'_, PyAny>, wanted: Wanted) -> PyResult<bool> {
+    /// Whether everything is where it was when the slot was made, and what is needed. Meanwhile asks for
+    /// the state of `next`, tensor by tensor, as a processor waits for so many lines at a time.
+    pub fn is_current(
+        &self,
+        param: &Bound<'_, PyAny>,
+        wanted: Wanted,
+        next: Option<&Self>,
+    ) -> PyResult<bool> {
         if self.format.amsgrad != wanted.amsgrad || self.history.is_some() != wanted.history {
             return Ok(false);
         }
@@ -165,7 +181,11 @@ impl Slot {
         if !self.param.is_unchanged(param)? {
             return Ok(false);
         }
+        let mut coming = next.into_iter().flat_map(Self::tensors);
         for tensor in self.tensors() {
+            if let Some(coming) = coming.next() {
+                coming.known.prefetch();
+            }
             if !tensor.known.is_unchanged(tensor.known.object.bind(py))? {
                 return Ok(false);
             }

@@ -20,6 +20,7 @@ use super::items::{Item, holds, identities};
 use super::run::{self, Devices, Wave};
 use super::slot::{Slot, Wanted, address};
 use crate::error::to_python;
+use crate::impression::prefetch;
 use crate::software::{self, Adopted};
 use crate::tensor::{Device, Tensor, Torch};
 
@@ -33,6 +34,8 @@ pub struct Tensors {
     /// The parameters for which memory was last found to be in order, and how many runs they take:
     /// those that share memory take turns.
     arranged: Vec<usize>,
+    /// These parameters, if the list was asked for since.
+    pub updated: Option<Py<PyList>>,
     /// What the arranged parameters and their state take of memory: ascending, not overlapping.
     taken: Vec<Range<usize>>,
     waves: usize,
@@ -74,9 +77,16 @@ struct Fresh<'py> {
 impl Tensors {
     /// Nothing known yet.
     pub fn new(defaults: Defaults) -> Self {
-        let (slots, entries, arranged, taken) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let devices = Devices::default();
-        Self { defaults, slots, entries, arranged, taken, waves: 1, devices }
+        Self {
+            defaults,
+            slots: Vec::new(),
+            entries: Vec::new(),
+            arranged: Vec::new(),
+            updated: None,
+            taken: Vec::new(),
+            waves: 1,
+            devices: Devices::default(),
+        }
     }
 
     /// The parameters that have state.
@@ -94,6 +104,7 @@ impl Tensors {
         self.slots.clear();
         self.entries.clear();
         self.arranged.clear();
+        self.updated = None;
     }
 
     /// A step; parameters whose state it makes or replaces are added to `before`, with what they had.
@@ -124,7 +135,6 @@ impl Tensors {
         // `run` knows positions in `pending`, users know parameters
         let nonfinite = outcome
             .map_err(|error| to_python(&run::relabel(error, |index| pending[index].index)))?;
-        let updated = PyList::empty(py);
         for item in &pending {
             let slot = self.slot(item.index);
             if slot.param.device == Device::Cpu {
@@ -132,10 +142,20 @@ impl Tensors {
                 // by address, in this call; the GIL is held.
                 unsafe { *(slot.count.known.pointer as *mut f32) += 1.0 };
             }
-            updated.append(&slot.param.object)?;
         }
-        Torch::get(py)?.increment_version.call1(py, (updated,))?;
+        Torch::get(py)?.increment_version.call1(py, (self.updated(py)?,))?;
         Ok(nonfinite + self.devices.poll())
+    }
+
+    /// The arranged parameters, which are those of the step.
+    fn updated<'py>(&mut self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let known = if let Some(known) = self.updated.take() {
+            known
+        } else {
+            let params = self.arranged.iter().map(|&index| &self.slot(index).param.object);
+            PyList::new(py, params)?.unbind()
+        };
+        Ok(self.updated.insert(known).bind(py).clone())
     }
 
     /// How many non-finite gradients devices have met that no step has returned yet.
@@ -174,7 +194,7 @@ impl Tensors {
         if !holds(state, &self.entries) {
             self.slots.clear();
         }
-        let mut pending = Vec::new();
+        let mut pending = Vec::with_capacity(self.arranged.len()); // usually, as many as at the last step
         let mut fresh = Vec::new();
         let mut index = 0;
         for (group_index, group) in groups.iter().enumerate() {
@@ -185,8 +205,10 @@ impl Tensors {
                 if self.slots.len() == index {
                     self.slots.push(None);
                 }
-                if let Some(Some(next)) = self.slots.get(index + 1) {
-                    next.prefetch();
+                let next = self.slots.get(index + 1).and_then(Option::as_ref);
+                next.inspect(|next| next.prefetch());
+                if let Some(later) = self.slots.get(index + 2) {
+                    prefetch(std::ptr::from_ref(later).addr(), size_of_val(later));
                 }
                 let object = param.getattr(intern!(py, "grad"))?;
                 if !object.is_none() {
@@ -209,13 +231,15 @@ impl Tensors {
                         })
                     };
                     let known = self.slots[index].as_ref();
-                    let seen = known.and_then(|slot| Gradient::at_a_glance(&object, &slot.param));
+                    let seen = known.and_then(|slot| {
+                        Gradient::at_a_glance(&object, &slot.param, &slot.gradient)
+                    });
                     let unseen = if seen.is_none() { Some(read()?) } else { None };
                     let history = group.percentile.is_some();
                     let wanted = Wanted { amsgrad: group.amsgrad, history };
                     let mut current = None;
                     if let Some(slot) = known
-                        && slot.is_current(&param, wanted)?
+                        && slot.is_current(&param, wanted, next)?
                     {
                         current = Some(slot);
                     }
@@ -294,7 +318,7 @@ impl Tensors {
         for (index, slot) in slots {
             self.slots[index] = Some(slot);
         }
-        self.entries = identities(state);
+        self.entries = identities(state).collect();
         Ok(())
     }
 
@@ -347,6 +371,7 @@ impl Tensors {
             slot.apart = 0..0;
         }
         self.arranged = indices;
+        self.updated = None;
         Ok(())
     }
 
@@ -354,6 +379,7 @@ impl Tensors {
     /// every gradient is read as it is before the step.
     fn separate(&mut self, item: &mut Pending<'_>) -> PyResult<()> {
         let slot = self.slots[item.index].as_mut().expect("gather registers every pending one");
+        slot.gradient = item.grad.last;
         let range = item.grad.range(slot);
         if range == slot.apart {
             return Ok(());
@@ -399,6 +425,9 @@ impl Tensors {
     /// What the core needs to update the pending parameters.
     fn prepare(&self, pending: &[Pending<'_>], amp: &Amp) -> PyResult<Vec<Wave>> {
         let mut waves: Vec<Wave> = (0..self.waves).map(|_| Wave::default()).collect();
+        if let [wave] = &mut waves[..] {
+            wave.cpu.reserve(pending.len());
+        }
         let mut last: Option<(Hyper, u64, Coefficients)> = None;
         for (position, item) in pending.iter().enumerate() {
             let slot = self.slot(item.index);
