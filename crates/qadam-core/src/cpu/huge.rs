@@ -1,4 +1,4 @@
-//! Huge pages for state that is neither paged nor on a device.
+//! Huge pages for what a step goes through, where it is neither paged nor on a device.
 //!
 //! A step reads memory once, front to back: with pages of 4 KiB the processor translates an address
 //! every few hundred cycles of that, and its prefetchers stop as often. Linux gives memory of its
@@ -32,6 +32,41 @@ pub fn advise_huge_pages(memory: &Range<usize>) {
     }
     #[cfg(not(target_os = "linux"))]
     let _ = huge;
+}
+
+/// Moves memory that is in use into huge pages, as [`advise_huge_pages`] cannot. What cannot be moved, for
+/// want of memory, or as it is not of the usual kind, stays where it is, as all does where the system
+/// is not to have huge pages, or is older than Linux 6.1.
+///
+/// That copies the memory, which takes as long as some steps, once. Contents and addresses stay.
+#[cfg_attr(not(target_os = "linux"), expect(clippy::missing_const_for_fn, reason = "is for Linux"))]
+pub fn move_into_huge_pages(memory: &Range<usize>) {
+    #[cfg(target_os = "linux")]
+    {
+        /// `MADV_COLLAPSE`, which libc's bindings have for some C libraries only.
+        const COLLAPSE: libc::c_int = 25;
+        let huge = within(memory);
+        if huge.is_empty() || !are_allowed() {
+            return;
+        }
+        advise_huge_pages(memory);
+        let address = std::ptr::without_provenance_mut(huge.start);
+        // SAFETY: pages are moved by the system, so that no thread sees but the same contents at the
+        // same addresses, whosever they are.
+        unsafe { libc::madvise(address, huge.len(), COLLAPSE) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = memory;
+}
+
+/// Whether the system may have huge pages: moving is done even where its administrator wants none.
+#[cfg(target_os = "linux")]
+fn are_allowed() -> bool {
+    static ALLOWED: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *ALLOWED.get_or_init(|| {
+        let setting = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+        setting.is_ok_and(|setting| !setting.contains("[never]"))
+    })
 }
 
 /// `len` times `value`, in huge pages.
@@ -69,11 +104,30 @@ mod tests {
         assert_eq!(filled(0.5_f32, HUGE), vec![0.5; HUGE]);
     }
 
-    /// Linux says of each mapping what it was advised ("hg").
+    #[test]
+    fn values_are_moved_as_they_are() {
+        let values: Vec<u32> = (0..HUGE as u32).collect();
+        let start = values.as_ptr().addr();
+        move_into_huge_pages(&(start..start + size_of_val(&values[..])));
+        assert!(values.iter().copied().eq(0..HUGE as u32));
+        move_into_huge_pages(&(0..4 * HUGE)); // nobody's
+    }
+
     #[cfg(target_os = "linux")]
     #[test]
     fn linux_takes_the_advice() {
-        let values = filled(1_u8, 5 * HUGE);
+        assert_advised(&filled(1_u8, 5 * HUGE));
+        let values = vec![1_u8; 5 * HUGE];
+        let start = values.as_ptr().addr();
+        if are_allowed() {
+            move_into_huge_pages(&(start..start + values.len()));
+            assert_advised(&values);
+        }
+    }
+
+    /// Linux says of each mapping what it was advised ("hg").
+    #[cfg(target_os = "linux")]
+    fn assert_advised(values: &[u8]) {
         let middle = values.as_ptr() as usize + 2 * HUGE;
         let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let mut within = false;

@@ -24,7 +24,7 @@ mod simd;
 
 use std::sync::OnceLock;
 
-pub use huge::advise_huge_pages;
+pub use huge::{advise_huge_pages, move_into_huge_pages};
 pub use norm::squared_norms;
 pub use run::{check, count_nonfinite, disjoint_waves, run};
 

@@ -34,6 +34,11 @@ pub struct Last {
 }
 
 impl Last {
+    /// Whether the gradient was the same tensor as at the step before.
+    pub const fn comes_back(&self) -> bool {
+        self.known.is_some()
+    }
+
     /// Announces that the parameter's gradient will be looked at.
     pub fn prefetch(&self) {
         self.known.inspect(|(impression, ..)| impression.prefetch());

@@ -34,6 +34,7 @@ use qadam_core::cpu::{self, Backend};
 use qadam_core::{Decay, NonFinite};
 
 use crate::error::to_python;
+use crate::impression::takes_impressions;
 use amp::Amp;
 use clip::Shared;
 use groups::Defaults;
@@ -49,6 +50,7 @@ impl Engine {
     /// `"raise"`. The others hold for every group that does not say otherwise.
     #[new]
     fn new(
+        py: Python<'_>,
         decoupled: bool,
         nonfinite: &str,
         percentile_clipping: usize,
@@ -65,6 +67,7 @@ impl Engine {
                 return Err(PyValueError::new_err(text));
             }
         };
+        takes_impressions(py); // what there is to learn is learned here, not in a step
         let decay = if decoupled { Decay::Decoupled } else { Decay::Coupled };
         let percentile = (percentile_clipping < HISTORY).then_some(percentile_clipping);
         let defaults = Defaults { decay, nonfinite, percentile, max_unorm, skip_zeros };

@@ -135,9 +135,15 @@ impl Slot {
         self.moments.iter().chain([&self.count]).chain(&self.history)
     }
 
+    /// The bytes of the parameter from its first element to behind its last.
+    pub fn param_range(&self) -> Range<usize> {
+        let start = self.param.pointer;
+        start..start + self.walk.param_span() * self.dtype.size()
+    }
+
     /// Addresses and sizes of the parameter and its state.
     pub fn memory(&self) -> impl Iterator<Item = (usize, usize)> {
-        let param = (self.param.pointer, self.walk.param_span() * self.dtype.size());
+        let param = (self.param.pointer, self.param_range().len());
         let state = self.tensors().map(|tensor| (tensor.known.pointer, tensor.bytes));
         std::iter::once(param).chain(state)
     }

@@ -40,6 +40,8 @@ pub struct Tensors {
     taken: Vec<Range<usize>>,
     waves: usize,
     devices: Devices,
+    /// Memory of parameters and gradients that steps have begun to go through: host memory.
+    settled: Vec<Range<usize>>,
 }
 
 /// What a step is told of hyperparameters.
@@ -86,6 +88,7 @@ impl Tensors {
             taken: Vec::new(),
             waves: 1,
             devices: Devices::default(),
+            settled: Vec::new(),
         }
     }
 
@@ -105,6 +108,7 @@ impl Tensors {
         self.entries.clear();
         self.arranged.clear();
         self.updated = None;
+        self.settled.clear();
     }
 
     /// A step; parameters whose state it makes or replaces are added to `before`, with what they had.
@@ -126,10 +130,12 @@ impl Tensors {
         let _adopted = self.adopt(&pending, options)?;
         let raise = self.defaults.nonfinite == NonFinite::Raise;
         let devices = &mut self.devices;
+        let settled = std::mem::take(&mut self.settled);
         // SAFETY: `gather` and `prepare` checked addresses, alignment, types, shapes, strides and
         // devices in this very call; `pending` and the slots keep the tensors alive; members of a
         // wave do not overlap; the streams are torch's current ones.
         let outcome = py.detach(|| unsafe {
+            settled.iter().for_each(cpu::move_into_huge_pages);
             run::run(&mut waves, clip.as_ref(), devices, threads, backend, raise)
         });
         // `run` knows positions in `pending`, users know parameters
@@ -316,6 +322,9 @@ impl Tensors {
             slots.push((*index, Slot::new(*index, param, walk, &entry, *wanted)?));
         }
         for (index, slot) in slots {
+            if slot.param.device == Device::Cpu {
+                self.settled.push(slot.param_range());
+            }
             self.slots[index] = Some(slot);
         }
         self.entries = identities(state).collect();
@@ -329,8 +338,7 @@ impl Tensors {
         let mut params = Vec::with_capacity(indices.len());
         for &index in &indices {
             let slot = self.slot(index);
-            let bytes = slot.walk.param_span() * slot.dtype.size();
-            let param = slot.param.pointer..slot.param.pointer + bytes;
+            let param = slot.param_range();
             params.push(param.clone());
             ranges.push((param, index, false));
             for tensor in slot.tensors() {
@@ -379,8 +387,12 @@ impl Tensors {
     /// every gradient is read as it is before the step.
     fn separate(&mut self, item: &mut Pending<'_>) -> PyResult<()> {
         let slot = self.slots[item.index].as_mut().expect("gather registers every pending one");
-        slot.gradient = item.grad.last;
         let range = item.grad.range(slot);
+        let has_settled = item.grad.last.comes_back() && !slot.gradient.comes_back();
+        if has_settled && slot.param.device == Device::Cpu {
+            self.settled.push(range.clone());
+        }
+        slot.gradient = item.grad.last;
         if range == slot.apart {
             return Ok(());
         }
