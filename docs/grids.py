@@ -23,7 +23,7 @@ def roots(octaves: float) -> np.ndarray:
 
 
 def errors_of_m(largest: np.ndarray) -> np.ndarray:
-    """The dynamic code's largest error for first moments up to ``largest`` of the block's, by that."""
+    """The dynamic code's largest error for first moments up to ``largest``, by that."""
     grid = np.array(_core.dynamic_map(True))
     grid = grid[grid >= 0]
     gaps = np.diff(grid) / 2
