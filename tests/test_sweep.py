@@ -1,6 +1,7 @@
 """The sweep over an optimizer's tensors: what it remembers from step to step changes nothing. After
 whatever users do between two steps, an engine that remembers does as a new one does."""
 
+import ctypes
 import math
 import os
 import re
@@ -410,8 +411,86 @@ LACKS = ("QADAM_TEST_NO_EXCHANGE", "QADAM_TEST_NO_IMPRESSIONS")
 
 
 def test_impressions_are_taken():
-    expected = sys.platform == "linux" and "QADAM_TEST_NO_IMPRESSIONS" not in os.environ
+    expected = sys.platform == "linux" and not any(lack in os.environ for lack in LACKS)
     assert _core.takes_impressions() == expected
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.set_default_dtype(torch.bfloat16)",
+        "torch.set_default_device('meta')",
+        "torch.inference_mode().__enter__()",
+        "torch._subclasses.FakeTensorMode().__enter__()",
+        "torch.autograd.graph.save_on_cpu().__enter__()",
+        "torch.use_deterministic_algorithms(True)",
+    ],
+)
+def test_what_a_program_has_set_does_not_keep_impressions_from_being_taken(setting):
+    program = f"import torch\nfrom qadam import _core\n{setting}\n"
+    program += "print(_core.takes_impressions())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == str(sys.platform == "linux"), done.stderr
+
+
+@EACH_WIDTH
+@pytest.mark.parametrize("of", ["parameter", "gradient", "moment"])
+def test_a_lazy_copy_keeps_its_values(width, of):
+    """Its memory is shared until somebody writes, which a step does by address."""
+    optimizer = trained(width)
+    p = optimizer.param_groups[0]["params"][0]
+    entry, key = moment(optimizer)
+    lazy = torch._lazy_clone(
+        {"parameter": p.detach(), "gradient": p.grad, "moment": entry[key]}[of]
+    )
+    expected = trained(width)
+    before = look(lazy.clone())
+    for _ in range(3):
+        optimizer.step()
+        expected.step()
+    assert look(lazy) == before
+    assert held(optimizer) == held(expected)
+
+
+def in_huge_pages():
+    """Bytes of this process in huge pages; 0 where nobody says."""
+    rollup = Path("/proc/self/smaps_rollup")
+    found = re.search(r"AnonHugePages: +(\d+) kB", rollup.read_text() if rollup.exists() else "")
+    return int(found[1]) << 10 if found else 0
+
+
+def can_move():
+    """Whether this system moves memory into huge pages if asked, and gives none unasked."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    nodes = Path("/sys/devices/system/node/online")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        return False
+    if nodes.exists() and not nodes.read_text().strip().isdecimal():
+        return False
+    huge = 2 << 20
+    memory = torch.ones(4 * huge, dtype=torch.uint8)
+    start = -(-memory.data_ptr() // huge) * huge
+    collapse = 25
+    asked = ctypes.CDLL(None).madvise
+    return asked(ctypes.c_void_p(start), ctypes.c_size_t(2 * huge), collapse) == 0
+
+
+@pytest.mark.cpu_only
+def test_what_stays_moves_into_huge_pages_and_what_is_new_does_not():
+    n = 1 << 24  # 64 MiB, to which malloc gives a mapping of their own
+    p = Parameter(torch.zeros(n))
+    optimizer = qadam.AdamW([p])
+    sizes = []
+    for step in range(1, 10):
+        if step <= 6:
+            p.grad = None
+            p.grad = torch.ones(n)
+        optimizer.step()
+        sizes.append(in_huge_pages())
+    assert torch.equal(p.grad, torch.ones(n))
+    # the state is there from the first step on; then the parameter moves, and a gradient that stays
+    moved = [(sizes[5] - sizes[0]) / p.nbytes, (sizes[8] - sizes[5]) / p.nbytes]
+    assert moved == pytest.approx([1, 1] if can_move() else [0, 0], abs=0.1)
 
 
 @EACH_WIDTH

@@ -61,7 +61,8 @@ class Adam(QAdam):
             32 bits several times more closely for 0.02 bytes an element more: the second moment's
             root on a logarithmic grid, rounded at random (by element and step: the same on every
             device), and the first as its ratio to that root, for whose rounding the parameter makes
-            up (docs/numerics.md). Also a group's key; counts when state is made.
+            up (docs/numerics.md). Not for a second beta below 0.5. Also a group's key; counts
+            when state is made.
         nonfinite: what happens where a gradient is NaN or infinite. ``"skip"`` leaves that element
             of the parameter and of the state as it is, counts it in ``nonfinite_count`` and warns
             the first time. ``"propagate"`` does as torch: the parameter becomes NaN. ``"raise"``

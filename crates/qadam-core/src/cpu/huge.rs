@@ -34,38 +34,43 @@ pub fn advise_huge_pages(memory: &Range<usize>) {
     let _ = huge;
 }
 
-/// Moves memory that is in use into huge pages, as [`advise_huge_pages`] cannot. What cannot be moved, for
-/// want of memory, or as it is not of the usual kind, stays where it is, as all does where the system
-/// is not to have huge pages, or is older than Linux 6.1.
+/// Moves memory that is in use into huge pages, as [`advise_huge_pages`] cannot. What cannot be moved stays
+/// where it is: for want of memory, or as it is not of the usual kind, or as somebody asked for no huge
+/// pages there. So does all of it where the system is not to have huge pages, is older than Linux 6.1, or
+/// has several memory nodes, as pages may then be where they are for a reason.
 ///
 /// That copies the memory, which takes as long as some steps, once. Contents and addresses stay.
 #[cfg_attr(not(target_os = "linux"), expect(clippy::missing_const_for_fn, reason = "is for Linux"))]
 pub fn move_into_huge_pages(memory: &Range<usize>) {
     #[cfg(target_os = "linux")]
-    {
-        /// `MADV_COLLAPSE`, which libc's bindings have for some C libraries only.
-        const COLLAPSE: libc::c_int = 25;
-        let huge = within(memory);
-        if huge.is_empty() || !are_allowed() {
-            return;
-        }
-        advise_huge_pages(memory);
-        let address = std::ptr::without_provenance_mut(huge.start);
-        // SAFETY: pages are moved by the system, so that no thread sees but the same contents at the
-        // same addresses, whosever they are.
-        unsafe { libc::madvise(address, huge.len(), COLLAPSE) };
+    if are_wanted() {
+        collapse(memory);
     }
     #[cfg(not(target_os = "linux"))]
     let _ = memory;
 }
 
-/// Whether the system may have huge pages: moving is done even where its administrator wants none.
+/// Whether all of the memory that can be in huge pages is, after what was not has been moved.
 #[cfg(target_os = "linux")]
-fn are_allowed() -> bool {
-    static ALLOWED: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
-    *ALLOWED.get_or_init(|| {
-        let setting = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
-        setting.is_ok_and(|setting| !setting.contains("[never]"))
+fn collapse(memory: &Range<usize>) -> bool {
+    /// `MADV_COLLAPSE`, which libc's bindings have for some C libraries only.
+    const COLLAPSE: libc::c_int = 25;
+    let huge = within(memory);
+    let address = std::ptr::without_provenance_mut(huge.start);
+    // SAFETY: pages are moved by the system, so that no thread sees but the same contents at the same
+    // addresses, whosever they are.
+    !huge.is_empty() && unsafe { libc::madvise(address, huge.len(), COLLAPSE) == 0 }
+}
+
+/// Whether the system may have huge pages, which moving does not ask, and has one node of memory.
+#[cfg(target_os = "linux")]
+fn are_wanted() -> bool {
+    static WANTED: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    let says = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    *WANTED.get_or_init(|| {
+        let setting = says("/sys/kernel/mm/transparent_hugepage/enabled");
+        let nodes = says("/sys/devices/system/node/online"); // as in "0-1,3"; of old, none for one
+        !setting.is_empty() && !setting.contains("[never]") && !nodes.contains(['-', ','])
     })
 }
 
@@ -106,29 +111,30 @@ mod tests {
 
     #[test]
     fn values_are_moved_as_they_are() {
-        let values: Vec<u32> = (0..HUGE as u32).collect();
+        let values: Vec<u32> = (0..3 * HUGE as u32).collect();
         let start = values.as_ptr().addr();
-        move_into_huge_pages(&(start..start + size_of_val(&values[..])));
-        assert!(values.iter().copied().eq(0..HUGE as u32));
+        let memory = start..start + size_of_val(&values[..]);
+        move_into_huge_pages(&memory);
+        #[cfg(target_os = "linux")]
+        if collapse(&memory) {
+            let line = smaps(start + 2 * HUGE, "AnonHugePages:");
+            assert!(!line.ends_with(" 0 kB"), "{line}");
+        }
+        assert!(values.iter().copied().eq(0..3 * HUGE as u32));
         move_into_huge_pages(&(0..4 * HUGE)); // nobody's
     }
 
     #[cfg(target_os = "linux")]
     #[test]
     fn linux_takes_the_advice() {
-        assert_advised(&filled(1_u8, 5 * HUGE));
-        let values = vec![1_u8; 5 * HUGE];
-        let start = values.as_ptr().addr();
-        if are_allowed() {
-            move_into_huge_pages(&(start..start + values.len()));
-            assert_advised(&values);
-        }
+        let values = filled(1_u8, 5 * HUGE);
+        let line = smaps(values.as_ptr().addr() + 2 * HUGE, "VmFlags:");
+        assert!(line.split(' ').any(|flag| flag == "hg"), "{line}");
     }
 
-    /// Linux says of each mapping what it was advised ("hg").
+    /// What Linux says of the mapping at an address.
     #[cfg(target_os = "linux")]
-    fn assert_advised(values: &[u8]) {
-        let middle = values.as_ptr() as usize + 2 * HUGE;
+    fn smaps(address: usize, what: &str) -> String {
         let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
         let mut within = false;
         for line in maps.lines() {
@@ -137,13 +143,12 @@ mod tests {
                 && let Ok(start) = usize::from_str_radix(start, 16)
                 && let Ok(end) = usize::from_str_radix(end, 16)
             {
-                within = (start..end).contains(&middle);
+                within = (start..end).contains(&address);
             }
-            if within && line.starts_with("VmFlags:") {
-                assert!(line.split(' ').any(|flag| flag == "hg"), "{line}");
-                return;
+            if within && line.starts_with(what) {
+                return line.to_owned();
             }
         }
-        panic!("no flags of the mapping at {middle:#x}");
+        panic!("no {what} of the mapping at {address:#x}");
     }
 }

@@ -31,14 +31,11 @@ pub struct Last {
     object: usize,
     /// What it was, its address and type, if its strides were the parameter's and it had been there before.
     known: Option<(Impression, usize, DType)>,
+    /// Whether it has been the same since then.
+    pub has_stayed: bool,
 }
 
 impl Last {
-    /// Whether the gradient was the same tensor as at the step before.
-    pub const fn comes_back(&self) -> bool {
-        self.known.is_some()
-    }
-
     /// Announces that the parameter's gradient will be looked at.
     pub fn prefetch(&self) {
         self.known.inspect(|(impression, ..)| impression.prefetch());
@@ -52,13 +49,8 @@ impl<'py> Gradient<'py> {
         if let Some((impression, pointer, dtype)) = last.known
             && impression.holds(object)
         {
-            return Some(Self {
-                object: object.clone(),
-                pointer,
-                dtype,
-                strides: None,
-                last: *last,
-            });
+            let last = Last { has_stayed: true, ..*last };
+            return Some(Self { object: object.clone(), pointer, dtype, strides: None, last });
         }
         let seen = Exchange::get(object.py())?.see(object)?;
         let Element::Float(dtype) = seen.element else {
@@ -74,7 +66,7 @@ impl<'py> Gradient<'py> {
         let comes_back = strides.is_none() && last.object == place;
         let impression = if comes_back { Impression::take(object, &seen) } else { None };
         let known = impression.map(|impression| (impression, pointer, dtype));
-        let last = Last { object: place, known };
+        let last = Last { object: place, known, has_stayed: false };
         Some(Self { object: object.clone(), pointer, dtype, strides, last })
     }
 

@@ -34,7 +34,7 @@ use qadam_core::cpu::{self, Backend};
 use qadam_core::{Decay, NonFinite};
 
 use crate::error::to_python;
-use crate::impression::takes_impressions;
+use crate::impression;
 use amp::Amp;
 use clip::Shared;
 use groups::Defaults;
@@ -67,7 +67,7 @@ impl Engine {
                 return Err(PyValueError::new_err(text));
             }
         };
-        takes_impressions(py); // what there is to learn is learned here, not in a step
+        impression::prepare(py);
         let decay = if decoupled { Decay::Decoupled } else { Decay::Coupled };
         let percentile = (percentile_clipping < HISTORY).then_some(percentile_clipping);
         let defaults = Defaults { decay, nonfinite, percentile, max_unorm, skip_zeros };

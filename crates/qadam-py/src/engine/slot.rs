@@ -33,6 +33,8 @@ pub struct Slot {
     pub apart: Range<usize>,
     /// Of its last gradient.
     pub gradient: Last,
+    /// How many steps it was for.
+    pub steps: u32,
     pub entry: Py<PyDict>,
     entry_place: Place,
     /// What `entry` held when it was checked.
@@ -112,6 +114,7 @@ impl Slot {
             wave: 0,
             apart: 0..0,
             gradient: Last::default(),
+            steps: 0,
             count: single("step", 1)?,
             moments,
             history,

@@ -40,7 +40,7 @@ pub struct Tensors {
     taken: Vec<Range<usize>>,
     waves: usize,
     devices: Devices,
-    /// Memory of parameters and gradients that steps have begun to go through: host memory.
+    /// Host memory that the coming step moves into huge pages.
     settled: Vec<Range<usize>>,
 }
 
@@ -135,7 +135,9 @@ impl Tensors {
         // devices in this very call; `pending` and the slots keep the tensors alive; members of a
         // wave do not overlap; the streams are torch's current ones.
         let outcome = py.detach(|| unsafe {
-            settled.iter().for_each(cpu::move_into_huge_pages);
+            for memory in &settled {
+                cpu::move_into_huge_pages(memory);
+            }
             run::run(&mut waves, clip.as_ref(), devices, threads, backend, raise)
         });
         // `run` knows positions in `pending`, users know parameters
@@ -285,6 +287,7 @@ impl Tensors {
             self.arrange(indices.collect())?;
         }
         for item in &mut pending {
+            self.settle(item);
             self.separate(item)?;
         }
         Ok(pending)
@@ -322,9 +325,6 @@ impl Tensors {
             slots.push((*index, Slot::new(*index, param, walk, &entry, *wanted)?));
         }
         for (index, slot) in slots {
-            if slot.param.device == Device::Cpu {
-                self.settled.push(slot.param_range());
-            }
             self.slots[index] = Some(slot);
         }
         self.entries = identities(state).collect();
@@ -383,16 +383,27 @@ impl Tensors {
         Ok(())
     }
 
+    /// Remembers a gradient, and takes note of host memory of a parameter or a gradient that is where it was
+    /// at the step before: it is there to stay, as most gradients and some parameters are not.
+    fn settle(&mut self, item: &Pending<'_>) {
+        let slot = self.slots[item.index].as_mut().expect("gather registers every pending one");
+        let last = std::mem::replace(&mut slot.gradient, item.grad.last);
+        if slot.param.device == Device::Cpu {
+            if slot.steps == 1 {
+                self.settled.push(slot.param_range());
+            }
+            if item.grad.last.has_stayed && !last.has_stayed {
+                self.settled.push(item.grad.range(slot));
+            }
+        }
+        slot.steps = slot.steps.saturating_add(1);
+    }
+
     /// Replaces a gradient by a copy where it shares memory with something that the step writes:
     /// every gradient is read as it is before the step.
     fn separate(&mut self, item: &mut Pending<'_>) -> PyResult<()> {
         let slot = self.slots[item.index].as_mut().expect("gather registers every pending one");
         let range = item.grad.range(slot);
-        let has_settled = item.grad.last.comes_back() && !slot.gradient.comes_back();
-        if has_settled && slot.param.device == Device::Cpu {
-            self.settled.push(range.clone());
-        }
-        slot.gradient = item.grad.last;
         if range == slot.apart {
             return Ok(());
         }

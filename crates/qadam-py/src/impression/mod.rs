@@ -3,22 +3,25 @@
 //! A tensor in Python is three objects: Python's, which has the address of torch's, which has the
 //! address of a storage. Torch answers a question about them in a tenth of a microsecond, and there are
 //! up to seven tensors to ask about for each parameter; most of the time nothing has changed. An
-//! [`Impression`] is a sum over all words of the three objects but their reference counts. While it
-//! stays, so has the tensor: its address, device, type, shape, strides and flags. A word too many does
-//! no harm: where the sum differs, torch is asked, and a new impression taken.
+//! [`Impression`] is a sum over words of the three objects. While it stays, so have the tensor's address,
+//! device, type, shape, strides and flags. A word too many does no harm: where the sum differs, torch is
+//! asked, and a new impression taken.
 //!
-//! Where the counts are, and how far the words go that matter, is not known but learned (`learn`), by
-//! changing tensors in every way in which tensors change, and looking at what becomes of their words. What
-//! is learned is then tried. With a torch whose objects are built in another way, in which a change would
-//! not be seen, there are no impressions. Nor are there where a process cannot read its own memory by a
-//! call that fails where there is none, as Linux has it.
+//! Which words, is not known but learned (`learn`), by changing tensors in the ways in which they change, and
+//! looking at what becomes of their words: from the start of each object to the last word by which a
+//! change is seen first, but for the reference count. What is learned is then tried. With a torch whose
+//! objects are built in another way, in which a change would not be seen, there are no impressions. Nor
+//! are there where a process cannot read its own memory by a call that fails where there is none, as
+//! Linux has it.
 
 mod learn;
+
+use std::thread;
 
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
-use crate::exchange::Seen;
+use crate::exchange::{Exchange, Seen};
 
 /// The address of an object of Python's or torch's.
 type Address = usize;
@@ -58,7 +61,12 @@ struct Layout {
 /// Whether impressions are taken of this torch's tensors. Without them steps are slower, no more.
 #[pyfunction]
 pub fn takes_impressions(py: Python<'_>) -> bool {
-    Layout::get(py).is_some()
+    Exchange::get(py).is_some() && Layout::get(py).is_some()
+}
+
+/// Learns what there is to learn, so that no step has to.
+pub fn prepare(py: Python<'_>) {
+    Layout::get(py);
 }
 
 /// A tensor's words, added up.
@@ -96,7 +104,7 @@ impl Impression {
         }
     }
 
-    /// Whether `object` is the tensor that it was taken of, and nothing of it has changed.
+    /// Whether `object` is the tensor that it was taken of, and still what it was.
     pub fn holds(&self, object: &Bound<'_, PyAny>) -> bool {
         (self.kind, self.object) == (object.get_type_ptr().addr(), object.as_ptr().addr())
             && Layout::get(object.py()).and_then(|layout| layout.look(object)) == Some(*self)
@@ -107,7 +115,12 @@ impl Layout {
     /// What is learned at the first call.
     fn get(py: Python<'_>) -> Option<&'static Self> {
         static LAYOUT: PyOnceLock<Option<Layout>> = PyOnceLock::new();
-        LAYOUT.get_or_init(py, || learn::layout(py).ok().flatten()).as_ref()
+        let learn = || Python::attach(|py| learn::layout(py).ok().flatten());
+        LAYOUT
+            .get_or_init(py, || {
+                py.detach(|| thread::scope(|scope| scope.spawn(learn).join().ok()?))
+            })
+            .as_ref()
     }
 
     /// The impression that `object`, a tensor, makes; `None` for one without a storage.
