@@ -440,7 +440,7 @@ def test_a_lazy_copy_keeps_its_values(width, of):
     optimizer = trained(width)
     p = optimizer.param_groups[0]["params"][0]
     entry, key = moment(optimizer)
-    lazy = torch._lazy_clone(
+    lazy = torch.ops.aten._lazy_clone(
         {"parameter": p.detach(), "gradient": p.grad, "moment": entry[key]}[of]
     )
     expected = trained(width)
@@ -490,7 +490,9 @@ def test_what_stays_moves_into_huge_pages_and_what_is_new_does_not():
     assert torch.equal(p.grad, torch.ones(n))
     # the state is there from the first step on; then the parameter moves, and a gradient that stays
     moved = [(sizes[5] - sizes[0]) / p.nbytes, (sizes[8] - sizes[5]) / p.nbytes]
-    assert moved == pytest.approx([1, 1] if can_move() else [0, 0], abs=0.1)
+    stays = 1 if _core.takes_impressions() else 0  # else nobody knows that a gradient is the same
+    # other memory of this process may come and go
+    assert moved == pytest.approx([1, stays] if can_move() else [0, 0], abs=0.3)
 
 
 @EACH_WIDTH

@@ -7,7 +7,7 @@
 //! device, type, shape, strides and flags. A word too many does no harm: where the sum differs, torch is
 //! asked, and a new impression taken.
 //!
-//! Which words, is not known but learned (`learn`), by changing tensors in the ways in which they change, and
+//! Which words is not known but learned (`learn`), by changing tensors in the ways in which they change, and
 //! looking at what becomes of their words: from the start of each object to the last word by which a
 //! change is seen first, but for the reference count. What is learned is then tried. With a torch whose
 //! objects are built in another way, in which a change would not be seen, there are no impressions. Nor
@@ -116,11 +116,12 @@ impl Layout {
     fn get(py: Python<'_>) -> Option<&'static Self> {
         static LAYOUT: PyOnceLock<Option<Layout>> = PyOnceLock::new();
         let learn = || Python::attach(|py| learn::layout(py).ok().flatten());
-        LAYOUT
-            .get_or_init(py, || {
-                py.detach(|| thread::scope(|scope| scope.spawn(learn).join().ok()?))
+        let elsewhere = || {
+            thread::scope(|scope| {
+                thread::Builder::new().spawn_scoped(scope, learn).ok()?.join().ok()?
             })
-            .as_ref()
+        };
+        LAYOUT.get_or_init(py, || py.detach(elsewhere)).as_ref()
     }
 
     /// The impression that `object`, a tensor, makes; `None` for one without a storage.
