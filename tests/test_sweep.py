@@ -491,8 +491,8 @@ def test_what_stays_moves_into_huge_pages_and_what_is_new_does_not():
     # the state is there from the first step on; then the parameter moves, and a gradient that stays
     moved = [(sizes[5] - sizes[0]) / p.nbytes, (sizes[8] - sizes[5]) / p.nbytes]
     stays = 1 if _core.takes_impressions() else 0  # else nobody knows that a gradient is the same
-    # other memory of this process may come and go
-    assert moved == pytest.approx([1, stays] if can_move() else [0, 0], abs=0.3)
+    # other memory of this process may come and go, and some pages may find no place
+    assert moved == pytest.approx([1, stays] if can_move() else [0, 0], abs=0.5)
 
 
 @EACH_WIDTH
