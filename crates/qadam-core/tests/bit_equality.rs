@@ -52,6 +52,24 @@ fn adversarial() -> impl Strategy<Value = f32> {
     ]
 }
 
+/// Gradients that need no second look, as those of nearly every block in training: with no zeros, with
+/// some, or nothing else, and of sizes that differ by up to 2^60.
+fn usual_gradients(len: usize) -> impl Strategy<Value = Vec<f32>> {
+    let zeros = prop::sample::select(vec![0.0, 0.0, 0.02, 1.0]);
+    let octaves = prop::sample::select(vec![1.0_f32, 20.0, 60.0]);
+    (zeros, octaves, -20.0_f32..4.0).prop_flat_map(move |(zeros, octaves, log_scale)| {
+        let size = (0.0..octaves).prop_map(move |octave| (log_scale - octave).exp2());
+        let gradient = (size, any::<bool>(), prop::bool::weighted(zeros)).prop_map(
+            |(size, negative, zero)| match (zero, negative) {
+                (true, _) => 0.0,
+                (false, true) => -size,
+                (false, false) => size,
+            },
+        );
+        prop::collection::vec(gradient, len)
+    })
+}
+
 fn hypers() -> impl Strategy<Value = Hyper> {
     let nonfinite = prop::sample::select(vec![NonFinite::Skip, NonFinite::Propagate]);
     let beta = prop::sample::select(vec![0.0, 0.5, 0.9, 0.95, 0.999]);
@@ -62,7 +80,7 @@ fn hypers() -> impl Strategy<Value = Hyper> {
         (Decay::Decoupled, 0.0),
         (Decay::Decoupled, 0.01),
     ]);
-    let eps = prop::sample::select(vec![0.0, 1e-8, 1e-3]);
+    let eps = prop::sample::select(vec![0.0, 1e-8, 1e-8, 1e-3, 10.0]);
     let betas = (beta.clone(), beta);
     let max_unorm = prop::sample::select(vec![0.0, 0.0, 1e-3, 1.0]);
     let skip_zeros = any::<bool>();
@@ -210,15 +228,30 @@ const PAIRINGS: [Train; 9] = [
     train::<f16, f16>,
 ];
 
-/// Parameters and three gradients of a length around the places where code paths change.
-fn tensors() -> impl Strategy<Value = (Vec<f32>, Vec<Vec<f32>>)> {
-    let lengths = prop_oneof![
+/// Around the places where code paths change.
+fn lengths() -> impl Strategy<Value = usize> {
+    prop_oneof![
         prop::sample::select(vec![0, 1, 7, 8, 9, 15, 16, 17, 255, 256, 257, 511, 513]),
         0_usize..1100,
-    ];
-    lengths.prop_flat_map(|len| {
+    ]
+}
+
+/// Parameters and three gradients.
+fn tensors() -> impl Strategy<Value = (Vec<f32>, Vec<Vec<f32>>)> {
+    lengths().prop_flat_map(|len| {
         let vector = move || prop::collection::vec(adversarial(), len);
         (vector(), prop::collection::vec(vector(), 3))
+    })
+}
+
+/// Parameters, and five gradients of the usual kind.
+fn usual_tensors() -> impl Strategy<Value = (Vec<f32>, Vec<Vec<f32>>)> {
+    lengths().prop_flat_map(|len| {
+        let params = prop_oneof![
+            3 => prop::collection::vec(-1.0_f32..1.0, len),
+            1 => prop::collection::vec(adversarial(), len),
+        ];
+        (params, prop::collection::vec(usual_gradients(len), 5))
     })
 }
 
@@ -236,6 +269,23 @@ proptest! {
         pairing in prop::sample::select(PAIRINGS.to_vec()),
     ) {
         let rule = Rule { hyper, format, grad_scale, cut, foreign };
+        let want = pairing((Backend::Scalar, 1), rule, &params, &grads);
+        for backend in Backend::available() {
+            let got = pairing((backend, 1), rule, &params, &grads);
+            prop_assert_eq!(&got, &want, "{:?}", backend);
+        }
+    }
+
+    #[test]
+    fn back_ends_agree_on_usual_gradients(
+        (params, grads) in usual_tensors(),
+        hyper in hypers(),
+        format in prop::sample::select(FORMATS.to_vec()),
+        foreign in prop::bool::weighted(0.2),
+        pairing in prop::sample::select(PAIRINGS.to_vec()),
+    ) {
+        let hyper = Hyper { skip_zeros: false, ..hyper };
+        let rule = Rule { hyper, format, grad_scale: 1.0, cut: (100, None), foreign };
         let want = pairing((Backend::Scalar, 1), rule, &params, &grads);
         for backend in Backend::available() {
             let got = pairing((backend, 1), rule, &params, &grads);

@@ -122,6 +122,9 @@ unsafe impl Lanes for Avx2 {
         fn or_i(a: __m256i, b: __m256i) -> __m256i {
             _mm256_or_si256(a, b)
         }
+        fn not_i(a: __m256i) -> __m256i {
+            _mm256_xor_si256(a, _mm256_set1_epi32(-1))
+        }
         fn left<const BY: u32>(a: __m256i) -> __m256i {
             _mm256_sll_epi32(a, _mm_cvtsi32_si128(BY as i32))
         }
@@ -134,14 +137,11 @@ unsafe impl Lanes for Avx2 {
         fn min_i(a: __m256i, b: __m256i) -> __m256i {
             _mm256_min_epi32(a, b)
         }
-        fn max_u(a: __m256i, b: __m256i) -> __m256i {
-            _mm256_max_epu32(a, b)
-        }
-        fn reduce_max_u(a: __m256i) -> u32 {
-            let max = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
-            let max = _mm_max_epu32(max, _mm_shuffle_epi32::<0b00_00_11_10>(max));
-            let max = _mm_max_epu32(max, _mm_shuffle_epi32::<0b00_00_00_01>(max));
-            _mm_cvtsi128_si32(max) as u32
+        fn reduce_min_i(a: __m256i) -> i32 {
+            let min = _mm_min_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            let min = _mm_min_epi32(min, _mm_shuffle_epi32::<0b00_00_11_10>(min));
+            let min = _mm_min_epi32(min, _mm_shuffle_epi32::<0b00_00_00_01>(min));
+            _mm_cvtsi128_si32(min)
         }
         fn load_i(from: *const i32) -> __m256i {
             _mm256_loadu_si256(from.cast())
@@ -190,18 +190,17 @@ unsafe impl Lanes for Avx2 {
         fn split_codes([a, b, c, d]: [__m256i; 4], upper: *mut u8, lowest: *mut u8) {
             let (low, high) = (_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
             let (u, v) = (_mm256_srli_epi16::<1>(low), _mm256_srli_epi16::<1>(high));
-            levels::store(_mm256_packus_epi16(u, v), upper);
+            levels::store(Self::not_i(_mm256_packus_epi16(u, v)), upper);
             let one = _mm256_set1_epi16(1);
-            let (u, v) = (_mm256_and_si256(low, one), _mm256_and_si256(high, one));
-            levels::store(_mm256_packus_epi16(u, v), lowest);
+            let (u, v) = (_mm256_andnot_si256(low, one), _mm256_andnot_si256(high, one));
+            _mm256_storeu_si256(lowest.cast(), _mm256_packus_epi16(u, v));
         }
-        fn join_codes([a, b, c, d]: [__m256i; 4], to: *mut u8) {
+        fn join_codes([a, b, c, d]: [__m256i; 4], lowest: *const u8, to: *mut u8) {
             let code = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-            let code = _mm256_permutevar8x32_epi32(code, order);
-            let code = _mm256_add_epi8(code, _mm256_set1_epi8(64));
-            let lowest = _mm256_loadu_si256(to.cast());
-            _mm256_storeu_si256(to.cast(), _mm256_or_si256(_mm256_add_epi8(code, code), lowest));
+            // twice 64 more is the top bit the other way round
+            let ratio = _mm256_xor_si256(_mm256_add_epi8(code, code), _mm256_set1_epi8(-128));
+            let lowest = _mm256_loadu_si256(lowest.cast());
+            levels::store(_mm256_or_si256(ratio, lowest), to);
         }
         fn load_codes(from: *const u8) -> __m256i {
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))

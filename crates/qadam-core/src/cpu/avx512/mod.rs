@@ -139,6 +139,9 @@ unsafe impl<const VBMI: bool> Lanes for Avx512<VBMI> {
         fn or_i(a: __m512i, b: __m512i) -> __m512i {
             _mm512_or_si512(a, b)
         }
+        fn not_i(a: __m512i) -> __m512i {
+            _mm512_xor_si512(a, _mm512_set1_epi32(-1))
+        }
         fn left<const BY: u32>(a: __m512i) -> __m512i {
             _mm512_slli_epi32::<BY>(a)
         }
@@ -151,11 +154,8 @@ unsafe impl<const VBMI: bool> Lanes for Avx512<VBMI> {
         fn min_i(a: __m512i, b: __m512i) -> __m512i {
             _mm512_min_epi32(a, b)
         }
-        fn max_u(a: __m512i, b: __m512i) -> __m512i {
-            _mm512_max_epu32(a, b)
-        }
-        fn reduce_max_u(a: __m512i) -> u32 {
-            _mm512_reduce_max_epu32(a)
+        fn reduce_min_i(a: __m512i) -> i32 {
+            _mm512_reduce_min_epi32(a)
         }
         fn load_i(from: *const i32) -> __m512i {
             _mm512_loadu_si512(from.cast())
@@ -219,17 +219,19 @@ unsafe impl<const VBMI: bool> Lanes for Avx512<VBMI> {
         fn split_codes([a, b, c, d]: [__m512i; 4], upper: *mut u8, lowest: *mut u8) {
             let (low, high) = (_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
             let (u, v) = (_mm512_srli_epi16::<1>(low), _mm512_srli_epi16::<1>(high));
-            _mm512_storeu_si512(upper.cast(), octaves::in_order(_mm512_packus_epi16(u, v)));
+            let bytes = Self::not_i(octaves::in_order(_mm512_packus_epi16(u, v)));
+            _mm512_storeu_si512(upper.cast(), bytes);
             let one = _mm512_set1_epi16(1);
-            let (u, v) = (_mm512_and_si512(low, one), _mm512_and_si512(high, one));
-            _mm512_storeu_si512(lowest.cast(), octaves::in_order(_mm512_packus_epi16(u, v)));
+            let (u, v) = (_mm512_andnot_si512(low, one), _mm512_andnot_si512(high, one));
+            _mm512_storeu_si512(lowest.cast(), _mm512_packus_epi16(u, v));
         }
-        fn join_codes([a, b, c, d]: [__m512i; 4], to: *mut u8) {
+        fn join_codes([a, b, c, d]: [__m512i; 4], lowest: *const u8, to: *mut u8) {
             let (low, high) = (_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-            let code = octaves::in_order(_mm512_packs_epi16(low, high));
-            let code = _mm512_add_epi8(code, _mm512_set1_epi8(64));
-            let lowest = _mm512_loadu_si512(to.cast());
-            _mm512_storeu_si512(to.cast(), _mm512_or_si512(_mm512_add_epi8(code, code), lowest));
+            let code = _mm512_packs_epi16(low, high);
+            // twice 64 more is the top bit the other way round
+            let ratio = _mm512_xor_si512(_mm512_add_epi8(code, code), _mm512_set1_epi8(-128));
+            let bytes = _mm512_or_si512(ratio, _mm512_loadu_si512(lowest.cast()));
+            _mm512_storeu_si512(to.cast(), octaves::in_order(bytes));
         }
         fn load_codes(from: *const u8) -> __m512i {
             _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))

@@ -2,11 +2,11 @@
 //! another encodes.
 
 use super::lanes::{Lanes, VectorFloat, each_of_4};
-use super::moments8::{BlockStep, Values};
+use super::moments8::{BlockStep, Run, Values};
 use super::pass::{Coder, Pass, Passed, Sink};
 use super::update::{Splat, canonicalize};
+use crate::codec::BLOCK;
 use crate::codec::block::{self, Normalizer};
-use crate::cpu::kernels::Coded8;
 use crate::rule::Coefficients;
 use crate::tensor::RawCoded;
 
@@ -111,55 +111,82 @@ unsafe impl<L: Lanes> Coder<L> for Coder8<L> {
     }
 }
 
-/// The step of a block.
+/// The step of some blocks.
 pub(super) struct Step;
 
 // SAFETY: the pointers are those of the trait's contract.
 unsafe impl<L: Lanes> BlockStep<L> for Step {
     #[inline(always)]
     unsafe fn step<P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
-        p: *mut P,
-        g: *const G,
-        moments: [RawCoded; 3],
-        coded: &Coded8,
-        len: usize,
+        run: Run<P, G>,
         (c, _): (&Splat<L>, &Coefficients),
     ) -> usize {
         let mut values = [const { Values::new() }; 3];
         let values = values.each_mut().map(Values::pointer);
+        let mut nonfinite = 0;
         // SAFETY: this function's contract; the new values hold a whole block, of which the second pass
         // reads what the first wrote.
         unsafe {
-            let mut stores = Stores::<L, P> { p, values, nan: L::splat(0.0) };
-            let pass =
-                Pass::<L, Coder8<L>>::over::<P, G, _, AMSGRAD>(p, g, moments, len, c, &mut stores);
-            if pass.usual {
-                canonicalize::<L, P>(stores.nan, p, len);
-            }
-            let [m, v, max_v] = moments;
-            let scales = match &coded.told {
-                Some(told) => told.map(|scale| scale.high),
-                None if pass.kept == len => return pass.nonfinite,
-                None => {
-                    let keep = pass.kept > 0;
-                    let [of_m, of_v, of_max] = pass.coder.0;
-                    let third = if AMSGRAD { of_max.renew(max_v.scale, keep) } else { 0.0 };
-                    [of_m.renew(m.scale, keep), of_v.renew(v.scale, keep), third]
+            for start in (0..run.len).step_by(BLOCK) {
+                let block = run.block(start);
+                let (Run { p, g, len, .. }, moments) = (block, block.moments());
+                let mut stores = Stores::<L, P> { p, values, nan: L::splat(0.0) };
+                let pass = Pass::<L, Coder8<L>>::over::<P, G, _, AMSGRAD>(
+                    p,
+                    g,
+                    moments,
+                    len,
+                    c,
+                    &mut stores,
+                );
+                if pass.usual {
+                    canonicalize::<L, P>(stores.nan, p, len);
                 }
-            };
-            let encoders = [
-                Encoder::<L>::new(scales[0]),
-                Encoder::<L>::new(scales[1]),
-                Encoder::<L>::new(scales[2]),
-            ];
-            for at in (0..len).step_by(4 * L::N) {
-                encoders[0].signed(values[0].add(at), m.code.add(at));
-                encoders[1].unsigned(values[1].add(at), v.code.add(at));
-                if AMSGRAD {
-                    encoders[2].unsigned(values[2].add(at), max_v.code.add(at));
+                nonfinite += pass.nonfinite;
+                let Some(scales) = block.scales::<L, AMSGRAD>(&pass) else { continue };
+                let encoders = [
+                    Encoder::<L>::new(scales[0]),
+                    Encoder::<L>::new(scales[1]),
+                    Encoder::<L>::new(scales[2]),
+                ];
+                let [m, v, max_v] = moments;
+                for at in (0..len).step_by(4 * L::N) {
+                    encoders[0].signed(values[0].add(at), m.code.add(at));
+                    encoders[1].unsigned(values[1].add(at), v.code.add(at));
+                    if AMSGRAD {
+                        encoders[2].unsigned(values[2].add(at), max_v.code.add(at));
+                    }
                 }
             }
-            pass.nonfinite
+        }
+        nonfinite
+    }
+}
+
+impl<P, G> Run<P, G> {
+    /// The scales that the block's new moments are to be encoded for, which are written unless they were
+    /// told; none if all moments stay as they are.
+    ///
+    /// # Safety
+    /// This is one block, the pass was over it, and its scales are valid; the caller enables the instruction set.
+    #[inline(always)]
+    unsafe fn scales<L: Lanes, const AMSGRAD: bool>(
+        &self,
+        pass: &Pass<L, Coder8<L>>,
+    ) -> Option<[f32; 3]> {
+        if let Some(told) = &self.coded.told {
+            return Some(told.map(|scale| scale.high));
+        }
+        if pass.kept == self.len {
+            return None;
+        }
+        let keep = pass.kept > 0;
+        let [m, v, max_v] = self.moments();
+        let [of_m, of_v, of_max] = pass.coder.0;
+        // SAFETY: this function's contract.
+        unsafe {
+            let third = if AMSGRAD { of_max.renew(max_v.scale, keep) } else { 0.0 };
+            Some([of_m.renew(m.scale, keep), of_v.renew(v.scale, keep), third])
         }
     }
 }

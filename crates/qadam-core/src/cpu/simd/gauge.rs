@@ -183,7 +183,7 @@ unsafe fn gauge_all8<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bo
             let (p, g, of) = match &mut tail {
                 Some(tail) => {
                     let (p, g, of) = tail.pointers();
-                    (p.cast_const(), g, of)
+                    (p.cast_const(), g, three(of))
                 }
                 None => (param, grad, three(moments)),
             };

@@ -88,15 +88,14 @@ pub(in crate::cpu) unsafe trait Lanes: Copy {
     unsafe fn sub_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn and_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn or_i(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn not_i(a: Self::I) -> Self::I;
     /// Shifted by `BY` bits to the left, and to the right as unsigned numbers.
     unsafe fn left<const BY: u32>(a: Self::I) -> Self::I;
     unsafe fn right<const BY: u32>(a: Self::I) -> Self::I;
     unsafe fn max_i(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn min_i(a: Self::I, b: Self::I) -> Self::I;
-    /// Of unsigned numbers.
-    unsafe fn max_u(a: Self::I, b: Self::I) -> Self::I;
-    /// The largest lane, as unsigned numbers.
-    unsafe fn reduce_max_u(a: Self::I) -> u32;
+    /// The smallest lane.
+    unsafe fn reduce_min_i(a: Self::I) -> i32;
     unsafe fn load_i(from: *const i32) -> Self::I;
     /// To the nearest integer, of two the even one.
     unsafe fn round(a: Self::F) -> Self::I;
@@ -121,11 +120,11 @@ pub(in crate::cpu) unsafe trait Lanes: Copy {
     unsafe fn load_codes(from: *const u8) -> Self::I;
     /// `4 N` numbers from 0 to 255 as bytes.
     unsafe fn store_codes(codes: [Self::I; 4], to: *mut u8);
-    /// `4 N` numbers from 0 to 511: their upper eight bits to `upper`, the lowest to `lowest`.
-    unsafe fn split_codes(codes: [Self::I; 4], upper: *mut u8, lowest: *mut u8);
-    /// `4 N` numbers from -64 to 63, and 64, in the upper seven bits of bytes whose lowest bits are
-    /// there already.
-    unsafe fn join_codes(codes: [Self::I; 4], to: *mut u8);
+    /// 511 less `4 N` numbers from 0 to 511: the upper eight bits to `upper`, the lowest to `lowest`, in
+    /// the order that [`join_codes`](Lanes::join_codes) takes them in.
+    unsafe fn split_codes(down: [Self::I; 4], upper: *mut u8, lowest: *mut u8);
+    /// `4 N` numbers from -64 to 63, and 64, in the upper seven bits of bytes, and `lowest`.
+    unsafe fn join_codes(codes: [Self::I; 4], lowest: *const u8, to: *mut u8);
 
     /// [`decode`](crate::codec::dynamic::decode) of `4 N` signed codes.
     #[inline(always)]

@@ -1,5 +1,4 @@
-//! The step with 8-bit moments, block by block: one [`Pass`] finds the new values and the new scales,
-//! another encodes.
+//! The step with 8-bit moments: a code's passes over blocks.
 
 use std::mem::MaybeUninit;
 
@@ -13,24 +12,50 @@ use crate::cpu::kernels::Coded8;
 use crate::rule::Coefficients;
 use crate::tensor::{Moments8, RawCoded};
 
-/// A code's part of the step: all of a block.
+/// Elements that follow each other, from the beginning of a block on.
+#[derive(Clone, Copy)]
+pub(super) struct Run<P, G> {
+    pub p: *mut P,
+    pub g: *const G,
+    pub coded: Coded8,
+    pub len: usize,
+}
+
+impl<P, G> Run<P, G> {
+    /// The block from element `start` on.
+    ///
+    /// # Safety
+    /// `start` is a multiple of a block and less than the number of elements, for which the pointers
+    /// are valid.
+    #[inline(always)]
+    pub(super) unsafe fn block(&self, start: usize) -> Self {
+        // SAFETY: this function's contract.
+        unsafe {
+            let (p, g, coded) = (self.p.add(start), self.g.add(start), self.coded.skip(start));
+            Self { p, g, coded, len: BLOCK.min(self.len - start) }
+        }
+    }
+
+    /// The first moments, the second and the third, which is of no account without `AMSGrad`.
+    pub(super) fn moments(&self) -> [RawCoded; 3] {
+        three(self.coded.moments)
+    }
+}
+
+/// A code's part of the step.
 ///
 /// # Safety
 /// Its method may be called as it says.
 pub(super) unsafe trait BlockStep<L: Lanes> {
-    /// Updates a block of `len` elements, padded with zeros to groups of four vectors, and returns how
-    /// many gradients were not finite. `moments` are the first, the second and, with `AMSGRAD`, the
-    /// third; `coded` says the rest of them.
+    /// Updates the elements of whole blocks, or of one that is padded with zeros to groups of four
+    /// vectors, and returns how many gradients were not finite.
     ///
     /// # Safety
-    /// The pointers are valid for so many elements, and their scales, which are written unless new ones
-    /// are told; the caller enables the instruction set.
+    /// The pointers are valid for the elements, padded, and for their scales, which are written unless
+    /// new ones are told; `AMSGRAD` says whether there are third moments; the caller enables the
+    /// instruction set.
     unsafe fn step<P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
-        p: *mut P,
-        g: *const G,
-        moments: [RawCoded; 3],
-        coded: &Coded8,
-        len: usize,
+        run: Run<P, G>,
         c: (&Splat<L>, &Coefficients),
     ) -> usize;
 }
@@ -83,18 +108,21 @@ unsafe fn all8<L: Lanes, C: BlockStep<L>, P: VectorFloat, G: VectorFloat, const 
     unsafe {
         let splat = Splat::<L>::new(c);
         let mut nonfinite = 0;
-        for start in (0..len).step_by(BLOCK) {
-            let len = BLOCK.min(len - start);
-            let (param, grad, coded) = (param.add(start), grad.add(start), coded.skip(start));
-            let mut tail = (len < BLOCK).then(|| Tail::load(param, grad, coded.moments, len));
+        let whole = len - len % BLOCK;
+        for (start, len) in [(0, whole), (whole, len - whole)] {
+            if len == 0 {
+                continue;
+            }
+            let (p, g) = (param.add(start), grad.add(start));
+            let mut run = Run { p, g, coded: coded.skip(start), len };
+            let mut tail = (len < BLOCK).then(|| Tail::load(p, g, run.coded.moments, len));
+            if let Some(tail) = &mut tail {
+                (run.p, run.g, run.coded.moments) = tail.pointers();
+            }
             // one call, so that there is one copy of its code
-            let (p, g, of) = match &mut tail {
-                Some(tail) => tail.pointers(),
-                None => (param, grad, three(coded.moments)),
-            };
-            nonfinite += C::step::<P, G, AMSGRAD>(p, g, of, &coded, len, (&splat, c));
+            nonfinite += C::step::<P, G, AMSGRAD>(run, (&splat, c));
             if let Some(tail) = tail {
-                tail.store(param, len);
+                tail.store(p, len);
             }
         }
         nonfinite
@@ -138,9 +166,10 @@ impl<P: VectorFloat, G: VectorFloat> Tail<P, G> {
     }
 
     /// The padded elements and codes, with the scales that the moments have.
-    pub(super) fn pointers(&mut self) -> (*mut P, *const G, [RawCoded; 3]) {
-        let mut moments = three(self.of);
-        for (moment, codes) in moments.iter_mut().zip(&mut self.codes) {
+    pub(super) fn pointers(&mut self) -> (*mut P, *const G, Moments8) {
+        let mut moments = self.of;
+        let Moments8 { m, v, max_v, .. } = &mut moments;
+        for (moment, codes) in [m, v].into_iter().chain(max_v).zip(&mut self.codes) {
             moment.code = codes.0.as_mut_ptr();
         }
         (self.p.0.as_mut_ptr(), self.g.0.as_ptr(), moments)

@@ -6,15 +6,14 @@
 //! the scalar kernel.
 
 use super::lanes::{Lanes, VectorFloat, each_of_4};
-use super::moments8::{BlockStep, Values};
+use super::moments8::{BlockStep, Run, Values};
 use super::pass::{Coder, Pass, Passed, Sink};
 use super::update::{Splat, canonicalize};
 use crate::codec::ratio::{self, Grid, LARGEST_TOP, LIMIT, MOST, Ratios, TOP, ZERO};
-use crate::codec::{BLOCK, Scale};
-use crate::cpu::kernels::Coded8;
+use crate::codec::{BLOCK, Scale, Scales};
 use crate::cpu::scalar;
 use crate::rule::Coefficients;
-use crate::tensor::{Moments8, RawCoded};
+use crate::tensor::RawCoded;
 
 /// [`Grid`] in every lane.
 #[derive(Clone, Copy)]
@@ -23,6 +22,8 @@ struct Roots<L: Lanes> {
     top: L::I,
     last: L::I,
     step: L::F,
+    /// What a code of -1 is below the largest, in bits.
+    most: L::F,
     gain: L::F,
 }
 
@@ -36,18 +37,9 @@ impl<L: Lanes> Roots<L> {
                 top: L::splat_i(grid.top),
                 last: L::splat_i(grid.top - 1),
                 step: L::splat(grid.step),
+                most: L::splat((grid.top + 1) as f32 * grid.step),
                 gain: L::splat(grid.gain),
             }
-        }
-    }
-
-    /// The root so many codes below the largest, if not 0.
-    #[inline(always)]
-    unsafe fn below(&self, down: L::F) -> L::F {
-        // SAFETY: the caller enables the instruction set.
-        unsafe {
-            let bits = L::round(L::mul(down, self.step));
-            L::from_bits(L::sub_i(self.high, bits))
         }
     }
 
@@ -56,25 +48,31 @@ impl<L: Lanes> Roots<L> {
     unsafe fn decode(&self, code: L::I) -> L::F {
         // SAFETY: the caller enables the instruction set.
         unsafe {
-            let down = L::to_float(L::sub_i(self.top, code));
-            let positive = L::less(down, L::to_float(self.top));
-            L::select(positive, self.below(down), L::splat(0.0))
+            let not_code = L::to_float(L::not_i(code)); // -1 - code
+            // the product of the step and of `top - code`, rounded once: `top + 1` steps are exact
+            let down = L::round(L::fma(not_code, self.step, self.most));
+            let root = L::from_bits(L::sub_i(self.high, down));
+            L::select(L::less(not_code, L::splat(-1.0)), root, L::splat(0.0))
         }
     }
 
-    /// `Grid::encode`, and the inverse of what the code decodes to.
+    /// How far below the largest the code of `Grid::encode` is, and the inverse of what it decodes to.
+    /// `ZEROS` says whether roots may be 0.
     #[inline(always)]
-    unsafe fn encode(&self, root: L::F, chance: L::I) -> (L::I, L::F) {
+    unsafe fn encode<const ZEROS: bool>(&self, root: L::F, chance: L::I) -> (L::I, L::F) {
         // SAFETY: the caller enables the instruction set.
         unsafe {
-            let (zero, one) = (L::splat(0.0), L::splat(1.0));
             let bits = L::sub_i(self.high, L::bits(root));
             let down = L::round(L::mul(L::to_float(bits), self.gain));
             let down = L::min_i(L::right::<16>(L::add_i(down, chance)), self.last);
-            let positive = L::less(zero, root);
-            let code = L::from_bits(L::sub_i(self.top, down));
-            let code = L::bits(L::select(positive, code, zero));
-            (code, L::select(positive, L::div(one, self.below(L::to_float(down))), zero))
+            let below = L::round(L::mul(L::to_float(down), self.step));
+            let inverse = L::div(L::splat(1.0), L::from_bits(L::sub_i(self.high, below)));
+            if !ZEROS {
+                return (down, inverse);
+            }
+            let positive = L::less(L::splat(0.0), root);
+            let down = L::select(positive, L::from_bits(down), L::from_bits(self.top));
+            (L::bits(down), L::select(positive, inverse, L::splat(0.0)))
         }
     }
 }
@@ -82,26 +80,51 @@ impl<L: Lanes> Roots<L> {
 /// The old scales, and the ends of the new roots' squares.
 #[derive(Clone, Copy)]
 pub(super) struct CoderR<L: Lanes> {
-    cell: L::F,
+    /// Of the ratios' bytes, in which codes are doubled.
+    half_cell: L::F,
     /// Of a code of 0.
     offset: L::F,
     roots: Roots<L>,
     largest: Roots<L>,
-    /// Of the second moments and the third: the bits of the negative of the smallest that is positive,
-    /// which is the largest of these as unsigned integers, and the largest.
+    /// Of the second moments and the third: the bits of the smallest, which are in order, and the largest.
     least: [L::I; 2],
     most: [L::F; 2],
 }
 
 impl<L: Lanes> CoderR<L> {
-    /// The new range of the second moment, or the third.
+    /// The smallest second moment, or third.
     #[inline(always)]
-    unsafe fn range(&self, index: usize) -> Scale {
+    unsafe fn least(&self, index: usize) -> f32 {
         // SAFETY: the caller enables the instruction set.
-        let (least, most) = unsafe {
-            (L::reduce_max_u(self.least[index]).wrapping_neg(), L::reduce_max(self.most[index]))
-        };
-        ratio::range(f32::from_bits(least).sqrt(), most.sqrt(), None)
+        f32::from_bits(unsafe { L::reduce_min_i(self.least[index]) } as u32)
+    }
+
+    /// The new range of the second moment's roots, or of the third's. `positive` finds the smallest that
+    /// is, where some are 0.
+    #[inline(always)]
+    unsafe fn range(&self, index: usize, positive: impl FnOnce() -> f32) -> Scale {
+        // SAFETY: the caller enables the instruction set.
+        let (least, most) = unsafe { (self.least(index), L::reduce_max(self.most[index])) };
+        let least = if least > 0.0 { least.sqrt() } else { positive() };
+        ratio::range(least, most.sqrt(), None)
+    }
+}
+
+/// The smallest of `len` values that is positive, infinite if there is none.
+///
+/// # Safety
+/// So many are valid, whole vectors; the caller enables the instruction set.
+#[inline(always)]
+unsafe fn least_positive<L: Lanes>(values: *const f32, len: usize) -> f32 {
+    // SAFETY: this function's contract.
+    unsafe {
+        let mut least = L::splat(f32::INFINITY);
+        for at in (0..len).step_by(L::N) {
+            let value = L::load(values.add(at));
+            let positive = L::less(L::splat(0.0), value);
+            least = L::min(least, L::select(positive, value, L::splat(f32::INFINITY)));
+        }
+        f32::from_bits(L::reduce_min_i(L::bits(least)) as u32)
     }
 }
 
@@ -122,11 +145,11 @@ unsafe impl<L: Lanes> Coder<L> for CoderR<L> {
             let roots = Roots::new(grid(v, TOP));
             let cell = Ratios::new(ratio::usable_ratio(*m.scale)).cell;
             Self {
-                cell: L::splat(cell),
+                half_cell: L::splat(0.5 * cell),
                 offset: L::splat(-(ZERO as f32) * cell),
                 roots,
                 largest: if AMSGRAD { Roots::new(grid(max_v, LARGEST_TOP)) } else { roots },
-                least: [L::splat_i(0); 2],
+                least: [L::splat_i(i32::MAX); 2],
                 most: [L::splat(0.0); 2],
             }
         }
@@ -141,7 +164,7 @@ unsafe impl<L: Lanes> Coder<L> for CoderR<L> {
         // SAFETY: the trait's contract.
         unsafe {
             let [first, second, third] = moments.map(|moment| moment.code.add(at));
-            let one = L::splat_i(1);
+            let (one, ratio) = (L::splat_i(1), L::splat_i(0xFE));
             let first = each_of_4!(I => L::load_codes(first.add(I * L::N)));
             let root = each_of_4!(I => {
                 let upper = L::left::<1>(L::load_codes(second.add(I * L::N)));
@@ -154,7 +177,8 @@ unsafe impl<L: Lanes> Coder<L> for CoderR<L> {
             };
             each_of_4!(I => {
                 // rounded once, as the product of the difference
-                let ratio = L::fma(L::to_float(L::right::<1>(first[I])), self.cell, self.offset);
+                let twice = L::to_float(L::and_i(first[I], ratio));
+                let ratio = L::fma(twice, self.half_cell, self.offset);
                 let v = L::mul(root[I], root[I]);
                 let max_v = if AMSGRAD { L::mul(largest[I], largest[I]) } else { v };
                 [L::mul(ratio, largest[I]), v, max_v]
@@ -166,27 +190,50 @@ unsafe impl<L: Lanes> Coder<L> for CoderR<L> {
     unsafe fn extend<const AMSGRAD: bool>(&mut self, [_, v, max_v]: [L::F; 3]) {
         // SAFETY: the trait's contract.
         unsafe {
-            let zero = L::splat_i(0);
-            self.least[0] = L::max_u(self.least[0], L::sub_i(zero, L::bits(v)));
+            self.least[0] = L::min_i(self.least[0], L::bits(v));
             self.most[0] = L::max(self.most[0], v);
             if AMSGRAD {
-                self.least[1] = L::max_u(self.least[1], L::sub_i(zero, L::bits(max_v)));
+                self.least[1] = L::min_i(self.least[1], L::bits(max_v));
                 self.most[1] = L::max(self.most[1], max_v);
             }
         }
     }
 }
 
-/// The step of a block.
+/// The step of some blocks.
 pub(super) struct Step;
 
+/// How many blocks take each pass one after the other. A pass needs what the pass before it found in all
+/// of the block; while that is worked out, the other block keeps the processor busy.
+const GROUP: usize = 2;
+
 /// What a block's passes hand on: parameters, first moments, the roots that divide, and with AMSGrad
-/// second moments; then the inverses of what the roots' codes stand for in the place of roots.
+/// second moments; then the inverses of what the roots' codes stand for in the place of roots, and the
+/// lowest bits of these codes.
+#[derive(Clone, Copy)]
 struct Stage {
     p: *mut f32,
     m: *mut f32,
     root: *mut f32,
     v: *mut f32,
+    lowest: *mut u8,
+}
+
+/// Room for a [`Stage`].
+struct Room {
+    values: [Values; 4],
+    lowest: Values,
+}
+
+impl Room {
+    const fn new() -> Self {
+        Self { values: [const { Values::new() }; 4], lowest: Values::new() }
+    }
+
+    fn stage(&mut self) -> Stage {
+        let [p, m, root, v] = self.values.each_mut().map(Values::pointer);
+        Stage { p, m, root, v, lowest: self.lowest.pointer().cast() }
+    }
 }
 
 // SAFETY: the pointers are valid for a block's elements.
@@ -209,81 +256,151 @@ unsafe impl<L: Lanes> Sink<L> for Stage {
 unsafe impl<L: Lanes> BlockStep<L> for Step {
     #[inline(always)]
     unsafe fn step<P: VectorFloat, G: VectorFloat, const AMSGRAD: bool>(
-        p: *mut P,
-        g: *const G,
-        moments: [RawCoded; 3],
-        coded: &Coded8,
-        len: usize,
+        run: Run<P, G>,
         (splat, c): (&Splat<L>, &Coefficients),
     ) -> usize {
-        let mut values = [const { Values::new() }; 4];
-        let [new, m, root, v] = values.each_mut().map(Values::pointer);
-        let mut stage = Stage { p: new, m, root, v };
-        // SAFETY: this function's contract; the stage holds a whole block, of which a pass reads what an
+        let mut rooms = [const { Room::new() }; GROUP];
+        let mut nonfinite = 0;
+        // SAFETY: this function's contract; a stage holds a whole block, of which a pass reads what an
         // earlier one wrote.
         unsafe {
-            let pass = Pass::<L, CoderR<L>>::over::<P, G, _, AMSGRAD>(
-                p, g, moments, len, splat, &mut stage,
-            );
-            if pass.kept > 0 {
-                // nothing has been written yet
-                let [m, v, max_v] = moments;
-                let max_v = AMSGRAD.then_some(max_v);
-                let moments = Moments8 { m, v, max_v, ..coded.moments };
-                return scalar::block8(p, g, Coded8 { moments, ..*coded }, len, c);
-            }
-            let [first, second, third] = moments;
-            let padded = len.next_multiple_of(4 * L::N);
-            let mut scales = if let Some(told) = coded.told {
-                told
-            } else {
-                let third = if AMSGRAD { pass.coder.range(1) } else { Scale::default() };
-                [Scale::default(), pass.coder.range(0), third]
-            };
-            let key = ratio::key(coded.start / BLOCK as u64);
-            let largest = divide::<L, AMSGRAD>(
-                &stage,
-                moments,
-                padded,
-                [scales[1], scales[2]],
-                key,
-                c.dither,
-            );
-            if coded.told.is_none() {
-                scales[0].high = ratio::scale(largest, None);
-                *first.scale = scales[0].high;
-                (*second.scale, *second.scale.add(1)) = (scales[1].low, scales[1].high);
-                if AMSGRAD {
-                    (*third.scale, *third.scale.add(1)) = (scales[2].low, scales[2].high);
+            for start in (0..run.len).step_by(GROUP * BLOCK) {
+                let starts = (start..run.len).step_by(BLOCK);
+                let mut group = [None; GROUP];
+                for ((start, room), found) in starts.zip(&mut rooms).zip(&mut group) {
+                    let block = run.block(start);
+                    let mut stage = room.stage();
+                    let (Run { p, g, len, .. }, moments) = (block, block.moments());
+                    let pass = Pass::<L, CoderR<L>>::over::<P, G, _, AMSGRAD>(
+                        p, g, moments, len, splat, &mut stage,
+                    );
+                    if pass.kept > 0 {
+                        // nothing has been written yet
+                        nonfinite += scalar::block8(p, g, block.coded, len, c);
+                        continue;
+                    }
+                    nonfinite += pass.nonfinite;
+                    *found = Some(Found::new::<L, AMSGRAD>(&pass.coder, stage, block));
+                }
+                for found in group.iter_mut().flatten() {
+                    found.divide::<L, AMSGRAD>(c);
+                }
+                for found in group.iter().flatten() {
+                    found.carry::<L>(c);
                 }
             }
-            let mut carry = Carry::<L>::new(scales[0].high, c);
-            // new scales are reached by no more than a rounding
-            if coded.told.is_none() && largest < LIMIT {
-                carry.all::<P, false>(&stage, p, first.code, padded);
+        }
+        nonfinite
+    }
+}
+
+/// What the passes over a block have found.
+#[derive(Clone, Copy)]
+struct Found<P, G> {
+    block: Run<P, G>,
+    stage: Stage,
+    scales: Scales,
+    /// Whether second moments may be 0.
+    has_zeros: bool,
+    /// Whether neither ratios are beyond their scale, by more than a rounding, nor roots as small as
+    /// `eps`.
+    is_plain: bool,
+}
+
+impl<P: VectorFloat, G: VectorFloat> Found<P, G> {
+    /// What the first pass found.
+    ///
+    /// # Safety
+    /// The stage is that of the block; the caller enables the instruction set.
+    #[inline(always)]
+    unsafe fn new<L: Lanes, const AMSGRAD: bool>(
+        coder: &CoderR<L>,
+        stage: Stage,
+        block: Run<P, G>,
+    ) -> Self {
+        let len = block.len.next_multiple_of(4 * L::N);
+        // SAFETY: this function's contract.
+        unsafe {
+            let least = |values| least_positive::<L>(values, len);
+            let scales = if let Some(told) = block.coded.told {
+                told
+            } else if AMSGRAD {
+                let second = coder.range(0, || least(stage.v).sqrt());
+                [Scale::default(), second, coder.range(1, || least(stage.root))]
             } else {
-                carry.all::<P, true>(&stage, p, first.code, padded);
+                [Scale::default(), coder.range(0, || least(stage.root)), Scale::default()]
+            };
+            // AMSGrad is rare, and every copy of the second pass takes long to compile
+            let has_zeros = AMSGRAD || coder.least(0) == 0.0;
+            Self { block, stage, scales, has_zeros, is_plain: false }
+        }
+    }
+
+    /// The second pass.
+    ///
+    /// # Safety
+    /// The contract of [`BlockStep::step`].
+    #[inline(always)]
+    unsafe fn divide<L: Lanes, const AMSGRAD: bool>(&mut self, c: &Coefficients) {
+        let Self { block, stage, scales: [_, second, third], .. } = *self;
+        let len = block.len.next_multiple_of(4 * L::N);
+        let moments = block.moments();
+        let chance = (ratio::key(block.coded.start / BLOCK as u64), c.dither);
+        // SAFETY: this function's contract.
+        unsafe {
+            let ranges = [second, third];
+            let largest = if self.has_zeros {
+                divide::<L, AMSGRAD, true>(&stage, moments, len, ranges, chance)
+            } else {
+                divide::<L, AMSGRAD, false>(&stage, moments, len, ranges, chance)
+            };
+            if block.coded.told.is_some() {
+                return;
             }
-            carry.canonicalize(p, padded);
-            pass.nonfinite
+            self.scales[0].high = ratio::scale(largest, None);
+            block.coded.moments.set_scales(&self.scales);
+            // decoded, the lowest root is below its range by no more than a rounding
+            let divisor = if AMSGRAD { third } else { second };
+            self.is_plain = largest < LIMIT && divisor.low > 2.0 * c.eps;
+        }
+    }
+
+    /// The third pass.
+    ///
+    /// # Safety
+    /// As [`Found::divide`].
+    #[inline(always)]
+    unsafe fn carry<L: Lanes>(&self, c: &Coefficients) {
+        let Self { block, stage, scales, is_plain, .. } = self;
+        let len = block.len.next_multiple_of(4 * L::N);
+        let (p, first) = (block.p, block.coded.moments.m.code);
+        // SAFETY: this function's contract.
+        unsafe {
+            let mut carry = Carry::<L>::new(scales[0].high, c);
+            if *is_plain {
+                carry.all::<P, false>(stage, p, first, len);
+            } else {
+                carry.all::<P, true>(stage, p, first, len);
+            }
+            canonicalize::<L, P>(carry.nan, p, len);
         }
     }
 }
 
-/// Encodes the roots of the stage's moments, with nothing but their lowest bits in the first moments'
-/// bytes, and puts the inverses in the place of the roots that divide. Returns the largest ratio.
+/// Encodes the roots of the stage's moments, all but their lowest bits, which the stage keeps, and puts
+/// the inverses in the place of the roots that divide. `ZEROS` says whether roots may be 0. Returns the
+/// largest ratio.
 ///
 /// # Safety
 /// The pointers are valid for `len` elements, groups of four vectors; the caller enables the
 /// instruction set.
 #[inline(always)]
-unsafe fn divide<L: Lanes, const AMSGRAD: bool>(
+unsafe fn divide<L: Lanes, const AMSGRAD: bool, const ZEROS: bool>(
     stage: &Stage,
-    [first, second, third]: [RawCoded; 3],
+    [_, second, third]: [RawCoded; 3],
     len: usize,
     [range, range_of_largest]: [Scale; 2],
-    key: u32,
-    dither: u32,
+    (key, dither): (u32, u32),
 ) -> f32 {
     // SAFETY: this function's contract.
     unsafe {
@@ -299,15 +416,16 @@ unsafe fn divide<L: Lanes, const AMSGRAD: bool>(
             let of_v = each_of_4!(I => {
                 let at = at + I * L::N;
                 let root = if AMSGRAD { L::sqrt(L::load(stage.v.add(at))) } else { L::load(stage.root.add(at)) };
-                let (code, inverse) = roots.encode(root, chance[I]);
-                (code, inverse)
+                roots.encode::<ZEROS>(root, chance[I])
             });
-            L::split_codes(each_of_4!(I => of_v[I].0), second.code.add(at), first.code.add(at));
+            let down = each_of_4!(I => of_v[I].0);
+            L::split_codes(down, second.code.add(at), stage.lowest.add(at));
             let divisor = if AMSGRAD {
                 let of_largest = each_of_4!(I => {
-                    largest.encode(L::load(stage.root.add(at + I * L::N)), chance[I])
+                    largest.encode::<ZEROS>(L::load(stage.root.add(at + I * L::N)), chance[I])
                 });
-                L::store_codes(each_of_4!(I => of_largest[I].0), third.code.add(at));
+                let code = each_of_4!(I => L::sub_i(largest.top, of_largest[I].0));
+                L::store_codes(code, third.code.add(at));
                 of_largest
             } else {
                 of_v
@@ -361,7 +479,7 @@ impl<L: Lanes> Carry<L> {
         }
     }
 
-    /// `CLAMP` says whether ratios may be beyond their scale.
+    /// `CLAMP` says whether ratios may be beyond their scale, or `eps` larger than roots.
     ///
     /// # Safety
     /// The pointers are valid for `len` elements, groups of four vectors; the caller enables the
@@ -389,24 +507,15 @@ impl<L: Lanes> Carry<L> {
                 for i in 0..4 {
                     let at = at + i * L::N;
                     let lost = L::fnma(L::to_float(code[i]), self.cell, ratio[i]);
-                    let share = L::max(L::fnma(self.eps, inverse[i], one), zero);
+                    let share = L::fnma(self.eps, inverse[i], one);
+                    let share = if CLAMP { L::max(share, zero) } else { share };
                     let old = L::load(stage.p.add(at));
                     let new = L::fnma(self.by, L::mul(share, lost), old);
                     self.nan = L::fma(new, zero, self.nan);
                     P::store::<L>(new, p.add(at));
                 }
-                L::join_codes(code, first.add(at));
+                L::join_codes(code, stage.lowest.add(at), first.add(at));
             }
         }
-    }
-
-    /// Makes every NaN among the parameters the canonical one.
-    ///
-    /// # Safety
-    /// As [`Carry::all`].
-    #[inline(always)]
-    unsafe fn canonicalize<P: VectorFloat>(&self, p: *mut P, len: usize) {
-        // SAFETY: this function's contract.
-        unsafe { canonicalize::<L, P>(self.nan, p, len) }
     }
 }
