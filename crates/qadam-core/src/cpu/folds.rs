@@ -2,8 +2,6 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::pool;
 use crate::error::Result;
 use crate::ieee::Ieee;
@@ -50,10 +48,8 @@ pub(super) fn each<T: Clone + Default + Send>(
     if threads == 1 || chunks.len() <= GRAIN {
         part((&mut results, chunks));
     } else {
-        let parts = |(results, chunks): (&mut [T], &[Chunk])| {
-            results.par_chunks_mut(GRAIN).zip(chunks.par_chunks(GRAIN)).for_each(part);
-        };
-        pool::pool(threads)?.install(|| parts((&mut results, chunks)));
+        let parts = results.chunks_mut(GRAIN).zip(chunks.chunks(GRAIN));
+        pool::share(parts, threads, part)?;
     }
     Ok(results)
 }

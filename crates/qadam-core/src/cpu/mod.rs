@@ -5,18 +5,22 @@
 //! * `simd` is the one vector kernel, over the operations that `avx2` and `avx512` supply;
 //! * `huge` asks for the pages that suit the one long read that a step is;
 //! * `measure` finds what must be known of a whole tensor before any of it is written;
-//! * [`run`] cuts tensors into chunks of whole blocks and hands them to the threads of [`pool`].
+//! * `prefetch` asks for memory ahead;
+//! * [`run`] cuts tensors into chunks of whole blocks and hands them to the threads of [`pool`], each of
+//!   which starts on one of the `cores` for itself.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod cores;
 mod folds;
 pub(crate) mod huge;
 mod kernels;
 mod measure;
 mod norm;
 pub mod pool;
+mod prefetch;
 mod run;
 mod scalar;
 #[cfg(target_arch = "x86_64")]

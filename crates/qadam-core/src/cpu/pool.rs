@@ -8,16 +8,24 @@
 
 use std::process;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use super::cores::{Thread, elsewhere};
 use crate::error::{Error, Result};
+
+/// Threads.
+struct Pool {
+    rayon: ThreadPool,
+    /// Those that have started, which may be a moment after the pool was made.
+    threads: Arc<Mutex<Vec<Thread>>>,
+}
 
 /// The pool of one process: that of the size used last, so that threads do not pile up.
 struct Current {
     process: u32,
-    pool: Mutex<Option<Arc<ThreadPool>>>,
+    pool: Mutex<Option<Arc<Pool>>>,
 }
 
 static CURRENT: AtomicPtr<Current> = AtomicPtr::new(std::ptr::null_mut());
@@ -51,19 +59,27 @@ fn current() -> &'static Current {
 ///
 /// # Errors
 /// [`Error::ThreadPool`] where the system does not give the threads.
-pub(super) fn pool(count: usize) -> Result<Arc<ThreadPool>> {
-    let mut current = current().pool.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(pool) = current.as_ref().filter(|pool| pool.current_num_threads() == count) {
+fn pool(count: usize) -> Result<Arc<Pool>> {
+    let mut current = lock(&current().pool);
+    if let Some(pool) = current.as_ref().filter(|pool| pool.rayon.current_num_threads() == count) {
         return Ok(Arc::clone(pool));
     }
-    let pool = ThreadPoolBuilder::new()
+    let threads = Arc::new(Mutex::new(Vec::new()));
+    let started = Arc::clone(&threads);
+    let rayon = ThreadPoolBuilder::new()
         .num_threads(count)
         .thread_name(|i| format!("qadam-{i}"))
+        .start_handler(move |_| lock(&started).push(Thread::current()))
         .build()
         .map_err(|error| Error::ThreadPool { count, reason: error.to_string() })?;
-    let pool = Arc::new(pool);
+    let pool = Arc::new(Pool { rayon, threads });
     *current = Some(Arc::clone(&pool));
     Ok(pool)
+}
+
+/// What `mutex` holds, whoever panicked with it: nothing is left half done under these locks.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Starts the pool of `count` threads, so that no later step can fail for want of it.
@@ -96,30 +112,46 @@ fn parse(value: Option<&str>) -> Result<Option<usize>> {
     }
 }
 
-/// Adds up what `work` returns for each of `parts`, taken in turn by the calling thread and by as many
-/// others as make `threads`.
+/// Does `work` for each of `parts`, taken in turn by the calling thread and by as many others as make
+/// `threads`.
 ///
-/// The caller works, too: a step may be over in milliseconds, of which the system would else spend one
-/// or more on waking two threads, which it may put on one core.
+/// The caller works, too, as a step may be over in milliseconds, of which waking takes its share.
 ///
 /// # Errors
 /// [`Error::ThreadPool`], before any work is done.
-pub(super) fn sum<T: Sync>(
-    parts: &[T],
+pub(super) fn share<T: Send>(
+    parts: impl ExactSizeIterator<Item = T> + Send,
     threads: usize,
-    work: impl Fn(&T) -> usize + Sync,
-) -> Result<usize> {
-    let (next, total) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    work: impl Fn(T) + Sync,
+) -> Result<()> {
+    let pool = pool(threads)?;
+    let others = 1..threads.min(parts.len());
+    let parts = Mutex::new(parts);
     let take_turns = || {
-        let turns = || parts.get(next.fetch_add(1, Ordering::Relaxed));
-        total.fetch_add(std::iter::from_fn(turns).map(&work).sum(), Ordering::Relaxed);
+        let turns = || lock(&parts).next();
+        std::iter::from_fn(turns).for_each(&work);
     };
-    pool(threads)?.in_place_scope(|scope| {
-        for _ in 1..threads.min(parts.len()) {
-            scope.spawn(|_| take_turns());
-        }
+    pool.rayon.in_place_scope(|scope| {
+        let wake = || others.for_each(|_| scope.spawn(|_| take_turns()));
+        elsewhere(&lock(&pool.threads), wake);
         take_turns();
     });
+    Ok(())
+}
+
+/// [`share`]; adds up what `work` returns.
+///
+/// # Errors
+/// As [`share`].
+pub(super) fn sum<T: Send>(
+    parts: impl ExactSizeIterator<Item = T> + Send,
+    threads: usize,
+    work: impl Fn(T) -> usize + Sync,
+) -> Result<usize> {
+    let total = AtomicUsize::new(0);
+    share(parts, threads, |part| {
+        total.fetch_add(work(part), Ordering::Relaxed);
+    })?;
     Ok(total.into_inner())
 }
 
@@ -144,16 +176,16 @@ mod tests {
     fn every_part_counts_once_and_the_caller_works_too() {
         for threads in 1..=4 {
             let parts: Vec<usize> = (0..100).collect();
-            assert_eq!(sum(&parts, threads, |&part| part), Ok(4950), "{threads} threads");
+            assert_eq!(sum(parts.iter(), threads, |&part| part), Ok(4950), "{threads} threads");
         }
-        assert_eq!(sum(&[], 2, |&part: &usize| part), Ok(0));
+        assert_eq!(sum([].iter(), 2, |&part: &usize| part), Ok(0));
         // each of two threads has to take one of these, as none goes on without the other
         let (both, workers) = (Barrier::new(2), Mutex::new(Vec::new()));
-        let meet = |(): &()| {
+        let meet = |()| {
             workers.lock().unwrap().push(thread::current().id());
             usize::from(both.wait().is_leader())
         };
-        assert_eq!(sum(&[(), ()], 2, meet), Ok(1));
+        assert_eq!(sum([(), ()].into_iter(), 2, meet), Ok(1));
         assert!(workers.into_inner().unwrap().contains(&thread::current().id()));
     }
 

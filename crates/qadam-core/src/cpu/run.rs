@@ -11,6 +11,7 @@ use std::sync::Arc;
 use super::folds::{Chunk, chunks};
 use super::kernels::{Coded8, Kernels};
 use super::measure::{Measured, measure};
+use super::prefetch::prefetch_tensor;
 use super::{Backend, pool};
 use crate::codec::{BLOCK, Scales};
 use crate::dtype::DType;
@@ -34,13 +35,19 @@ fn over_chunks(
 ) -> Result<usize> {
     let run = |chunks: &[Chunk]| -> usize {
         let _ieee = Ieee::enter();
-        chunks.iter().map(|chunk| work(&steps[chunk.tensor], *chunk)).sum()
+        let work = |index: usize| {
+            if let Some(next) = chunks.get(index + 1) {
+                prefetch_tensor(&steps[next.tensor], *next);
+            }
+            work(&steps[chunks[index].tensor], chunks[index])
+        };
+        (0..chunks.len()).map(work).sum()
     };
     let elements: usize = chunks.iter().map(|chunk| chunk.len).sum();
     if threads == 1 || elements <= CHUNK {
         return Ok(run(chunks));
     }
-    pool::sum(&batches(chunks), threads, |part| run(part))
+    pool::sum(batches(chunks).into_iter(), threads, run)
 }
 
 /// Runs of `chunks` of at least [`CHUNK`] elements, but for the last: a thread that takes one takes

@@ -23,7 +23,6 @@ mod moments32;
 mod moments8;
 mod padded;
 mod pass;
-mod prefetch;
 mod ratio8;
 mod update;
 

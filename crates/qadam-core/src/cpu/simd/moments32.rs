@@ -2,8 +2,8 @@
 
 use super::lanes::{Lanes, VectorFloat};
 use super::padded::Padded;
-use super::prefetch::prefetch;
 use super::update::{Elements, Splat, canonical, update};
+use crate::cpu::prefetch::prefetch;
 use crate::rule::Coefficients;
 use crate::tensor::Moments32;
 

@@ -4,9 +4,9 @@
 use std::marker::PhantomData;
 
 use super::lanes::{Lanes, VectorFloat, each_of_4};
-use super::prefetch::prefetch;
 use super::update::{Elements, Splat, are_usual, effective, update, updated, zero_unless_finite};
 use crate::codec::BLOCK;
+use crate::cpu::prefetch::prefetch;
 use crate::tensor::RawCoded;
 
 /// How many elements ahead memory is asked for: two blocks, as measured. One is a little slower, four
