@@ -23,7 +23,8 @@ impl Bits for f32 {
 }
 impl Bits for bf16 {
     fn from_f32(x: f32) -> Self {
-        Self::from_f32(x)
+        // NaNs that no arithmetic makes, signaling ones among them
+        if x.is_nan() { Self::from_bits((x.to_bits() >> 16) as u16 | 1) } else { Self::from_f32(x) }
     }
     fn bits(self) -> u32 {
         self.to_bits().into()

@@ -37,14 +37,26 @@ unsafe impl Lanes for Avx2 {
             _mm256_storeu_ps(to, x);
         }
         fn store_bf16(x: __m256, to: *mut bf16) {
-            let bits = _mm256_castps_si256(x);
-            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-            let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
-            let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, half));
-            let quiet = _mm256_or_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(0x40));
-            let bits = _mm256_blendv_epi8(rounded, quiet, Self::is_nan(x));
+            let bits = rounded(x);
             let (low, high) = (_mm256_castsi256_si128(bits), _mm256_extracti128_si256::<1>(bits));
             _mm_storeu_si128(to.cast(), _mm_packus_epi32(low, high));
+        }
+        fn load_bf16_4(from: *const bf16) -> [__m256; 4] {
+            let zero = _mm256_setzero_si256();
+            let low = _mm256_permute4x64_epi64::<QUARTERS>(_mm256_loadu_si256(from.cast()));
+            let high = _mm256_permute4x64_epi64::<QUARTERS>(_mm256_loadu_si256(from.add(16).cast()));
+            [
+                _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, low)),
+                _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, low)),
+                _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, high)),
+                _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, high)),
+            ]
+        }
+        fn store_bf16_4([a, b, c, d]: [__m256; 4], to: *mut bf16) {
+            let low = _mm256_packus_epi32(rounded(a), rounded(b));
+            let high = _mm256_packus_epi32(rounded(c), rounded(d));
+            _mm256_storeu_si256(to.cast(), _mm256_permute4x64_epi64::<QUARTERS>(low));
+            _mm256_storeu_si256(to.add(16).cast(), _mm256_permute4x64_epi64::<QUARTERS>(high));
         }
         fn store_f16(x: __m256, to: *mut f16) {
             let bits = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
@@ -205,6 +217,21 @@ unsafe impl Lanes for Avx2 {
         fn load_codes(from: *const u8) -> __m256i {
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()))
         }
+    }
+}
+
+/// Between the order of elements and that of what packing and unpacking do in each half of a register.
+const QUARTERS: i32 = 0b11_01_10_00;
+
+/// The nearest bf16 numbers, in the lower halves.
+#[inline(always)]
+unsafe fn rounded(x: __m256) -> __m256i {
+    // SAFETY: the caller enables the instruction sets.
+    unsafe {
+        let bits = _mm256_castps_si256(x);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
+        _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, half))
     }
 }
 

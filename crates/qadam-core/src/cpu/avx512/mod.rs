@@ -49,18 +49,12 @@ unsafe impl<const VBMI: bool> Lanes for Avx512<VBMI> {
         }
         /// By integers: `vcvtneps2bf16` flushes subnormals.
         fn store_bf16(x: __m512, to: *mut bf16) {
-            let bits = _mm512_castps_si512(x);
-            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
-            let rounded = _mm512_add_epi32(bits, half);
-            let quiet = _mm512_set1_epi32(0x40_0000);
-            let bits = _mm512_mask_or_epi32(rounded, Self::is_nan(x), bits, quiet);
-            // the upper half of lane `i` becomes word `i`
-            let order = _mm512_set_epi16(
-                31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1,
-            );
-            let words = _mm512_permutexvar_epi16(order, bits);
+            let words = upper_words(rounded(x), rounded(x));
             _mm256_storeu_si256(to.cast(), _mm512_castsi512_si256(words));
+        }
+        fn store_bf16_4([a, b, c, d]: [__m512; 4], to: *mut bf16) {
+            _mm512_storeu_si512(to.cast(), upper_words(rounded(a), rounded(b)));
+            _mm512_storeu_si512(to.add(32).cast(), upper_words(rounded(c), rounded(d)));
         }
         fn store_f16(x: __m512, to: *mut f16) {
             let bits = _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
@@ -236,6 +230,30 @@ unsafe impl<const VBMI: bool> Lanes for Avx512<VBMI> {
         fn load_codes(from: *const u8) -> __m512i {
             _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()))
         }
+    }
+}
+
+/// Bits whose upper halves are the nearest bf16 numbers.
+#[inline(always)]
+unsafe fn rounded(x: __m512) -> __m512i {
+    // SAFETY: the caller enables the instruction sets.
+    unsafe {
+        let bits = _mm512_castps_si512(x);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)))
+    }
+}
+
+/// The upper halves of the lanes of two vectors.
+#[inline(always)]
+unsafe fn upper_words(a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: the caller enables the instruction sets.
+    unsafe {
+        let order = _mm512_set_epi16(
+            63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21,
+            19, 17, 15, 13, 11, 9, 7, 5, 3, 1,
+        );
+        _mm512_permutex2var_epi16(a, order, b)
     }
 }
 

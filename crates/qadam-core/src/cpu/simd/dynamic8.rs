@@ -202,15 +202,23 @@ struct Stores<L: Lanes, P> {
 // SAFETY: the pointers are valid for a block's elements, by `block8`.
 unsafe impl<L: Lanes, P: VectorFloat> Sink<L> for Stores<L, P> {
     #[inline(always)]
-    unsafe fn take<const AMSGRAD: bool>(&mut self, at: usize, _: L::F, passed: Passed<L>) {
+    unsafe fn take<const AMSGRAD: bool>(
+        &mut self,
+        at: usize,
+        _: [L::F; 4],
+        passed: [Passed<L>; 4],
+    ) {
         // SAFETY: the trait's contract.
         unsafe {
-            P::store::<L>(passed.new.p, self.p.add(at));
-            self.nan = L::fma(passed.new.p, L::splat(0.0), self.nan);
-            L::store(passed.stored[0], self.values[0].add(at));
-            L::store(passed.stored[1], self.values[1].add(at));
-            if AMSGRAD {
-                L::store(passed.stored[2], self.values[2].add(at));
+            P::store_4::<L>(each_of_4!(I => passed[I].new.p), self.p.add(at));
+            for (i, passed) in passed.iter().enumerate() {
+                let at = at + i * L::N;
+                self.nan = L::fma(passed.new.p, L::splat(0.0), self.nan);
+                L::store(passed.stored[0], self.values[0].add(at));
+                L::store(passed.stored[1], self.values[1].add(at));
+                if AMSGRAD {
+                    L::store(passed.stored[2], self.values[2].add(at));
+                }
             }
         }
     }

@@ -76,12 +76,12 @@ unsafe fn lanes32<L: Lanes, P: VectorFloat, G: VectorFloat>(
             match max_v {
                 None => {
                     let e = Elements { p, m, v, max_v: v };
-                    let (new, fate) = update::<L, false>(e, g, c);
+                    let (new, fate) = update::<L, P, false>(e, g, c);
                     squares.set::<L, false>(at, p, new, fate.moved, c);
                 }
                 Some(max_v) => {
                     let e = Elements { p, m, v, max_v: L::load(max_v.add(at)) };
-                    let (new, fate) = update::<L, true>(e, g, c);
+                    let (new, fate) = update::<L, P, true>(e, g, c);
                     squares.set::<L, true>(at, p, new, fate.moved, c);
                 }
             }
@@ -250,7 +250,29 @@ struct Measures<'a, L: Lanes> {
 // SAFETY: there is room for a block.
 unsafe impl<L: Lanes> Sink<L> for Measures<'_, L> {
     #[inline(always)]
-    unsafe fn take<const AMSGRAD: bool>(&mut self, at: usize, old_p: L::F, passed: Passed<L>) {
+    unsafe fn take<const AMSGRAD: bool>(
+        &mut self,
+        at: usize,
+        old_p: [L::F; 4],
+        passed: [Passed<L>; 4],
+    ) {
+        for (i, (old_p, passed)) in old_p.into_iter().zip(passed).enumerate() {
+            // SAFETY: the trait's contract.
+            unsafe { self.take_vector::<AMSGRAD>(at + i * L::N, old_p, passed) };
+        }
+    }
+}
+
+impl<L: Lanes> Measures<'_, L> {
+    /// # Safety
+    /// The contract of [`Sink`], of `N` elements.
+    #[inline(always)]
+    unsafe fn take_vector<const AMSGRAD: bool>(
+        &mut self,
+        at: usize,
+        old_p: L::F,
+        passed: Passed<L>,
+    ) {
         if let Some(values) = &mut self.values {
             for (values, stored) in values.iter_mut().zip(passed.stored) {
                 // SAFETY: there is room for a block.
@@ -259,7 +281,7 @@ unsafe impl<L: Lanes> Sink<L> for Measures<'_, L> {
         }
         if self.c.is_limited {
             let Passed { new, moved, .. } = passed;
-            // SAFETY: the trait's contract.
+            // SAFETY: this function's contract.
             unsafe { self.squares.set::<L, AMSGRAD>(at, old_p, new, moved, self.c) };
         }
     }

@@ -47,8 +47,19 @@ pub(in crate::cpu) unsafe trait Lanes: Copy {
     unsafe fn load_bf16(from: *const bf16) -> Self::F;
     unsafe fn load_f16(from: *const f16) -> Self::F;
     unsafe fn store(x: Self::F, to: *mut f32);
+    /// NaN must be such that its lower half is 0, as that of every parameter is that was loaded, or made
+    /// [`canonical`](crate::rule::canonical), or made by the processor.
     unsafe fn store_bf16(x: Self::F, to: *mut bf16);
     unsafe fn store_f16(x: Self::F, to: *mut f16);
+
+    /// [`Lanes::load_bf16`] of `4 N` elements.
+    #[inline(always)]
+    unsafe fn load_bf16_4(from: *const bf16) -> [Self::F; 4] {
+        // SAFETY: this trait's contract, for `4 N` elements.
+        unsafe { each_of_4!(I => Self::load_bf16(from.add(I * Self::N))) }
+    }
+    /// [`Lanes::store_bf16`] of `4 N` elements.
+    unsafe fn store_bf16_4(x: [Self::F; 4], to: *mut bf16);
 
     unsafe fn add(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn sub(a: Self::F, b: Self::F) -> Self::F;
@@ -171,6 +182,35 @@ pub(in crate::cpu) trait VectorFloat: Float {
     /// # Safety
     /// As [`Lanes`].
     unsafe fn store<L: Lanes>(x: L::F, to: *mut Self);
+    /// What a kept element becomes, as [`Float::widen`] makes signaling NaNs of 16-bit types quiet, and
+    /// loading need not.
+    ///
+    /// # Safety
+    /// As [`Lanes`].
+    #[inline(always)]
+    unsafe fn kept<L: Lanes>(x: L::F) -> L::F {
+        x
+    }
+    /// [`VectorFloat::load`] of `4 N` elements.
+    ///
+    /// # Safety
+    /// As [`Lanes`], for `4 N` elements.
+    #[inline(always)]
+    unsafe fn load_4<L: Lanes>(from: *const Self) -> [L::F; 4] {
+        // SAFETY: this function's contract.
+        unsafe { each_of_4!(I => Self::load::<L>(from.add(I * L::N))) }
+    }
+    /// [`VectorFloat::store`] of `4 N` elements.
+    ///
+    /// # Safety
+    /// As [`Lanes`], for `4 N` elements.
+    #[inline(always)]
+    unsafe fn store_4<L: Lanes>(x: [L::F; 4], to: *mut Self) {
+        // SAFETY: this function's contract.
+        unsafe {
+            each_of_4!(I => Self::store::<L>(x[I], to.add(I * L::N)));
+        }
+    }
     /// Of `len` elements a magnitude in each lane, such that the largest is among them; NaN is larger
     /// than numbers.
     ///
@@ -180,7 +220,7 @@ pub(in crate::cpu) trait VectorFloat: Float {
 }
 
 macro_rules! vector_float {
-    ($type:ty, $load:ident, $store:ident, $largest:ident) => {
+    ($type:ty, $load:ident, $store:ident, $largest:ident $(, $kept:ident, $load_4:ident, $store_4:ident)?) => {
         impl VectorFloat for $type {
             #[inline(always)]
             unsafe fn load<L: Lanes>(from: *const Self) -> L::F {
@@ -197,12 +237,37 @@ macro_rules! vector_float {
                 // SAFETY: the same contract.
                 unsafe { $largest::<L, Self>(from, len) }
             }
+            $(#[inline(always)]
+            unsafe fn kept<L: Lanes>(x: L::F) -> L::F {
+                // SAFETY: the same contract.
+                unsafe { $kept::<L>(x) }
+            }
+            #[inline(always)]
+            unsafe fn load_4<L: Lanes>(from: *const Self) -> [L::F; 4] {
+                // SAFETY: the same contract.
+                unsafe { L::$load_4(from) }
+            }
+            #[inline(always)]
+            unsafe fn store_4<L: Lanes>(x: [L::F; 4], to: *mut Self) {
+                // SAFETY: the same contract.
+                unsafe { L::$store_4(x, to) }
+            })?
         }
     };
 }
 vector_float!(f32, load, store, largest_of_lanes);
-vector_float!(bf16, load_bf16, store_bf16, largest_of_words);
+vector_float!(bf16, load_bf16, store_bf16, largest_of_words, quiet, load_bf16_4, store_bf16_4);
 vector_float!(f16, load_f16, store_f16, largest_of_words);
+
+/// The same number, and NaN without a signal.
+#[inline(always)]
+unsafe fn quiet<L: Lanes>(x: L::F) -> L::F {
+    // SAFETY: the contract of `Lanes`.
+    unsafe {
+        let quiet = L::from_bits(L::or_i(L::bits(x), L::splat_i(0x40_0000)));
+        L::select(L::is_nan(x), quiet, x)
+    }
+}
 
 /// [`VectorFloat::largest`], vector by vector.
 #[inline(always)]

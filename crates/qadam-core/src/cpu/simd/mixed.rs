@@ -90,7 +90,7 @@ unsafe fn widen_block<L: Lanes, T: VectorFloat>(from: *const T, to: *mut f32) {
     // SAFETY: this function's contract.
     unsafe {
         for at in (0..BLOCK).step_by(L::N) {
-            L::store(T::load::<L>(from.add(at)), to.add(at));
+            L::store(T::kept::<L>(T::load::<L>(from.add(at))), to.add(at));
         }
     }
 }

@@ -100,7 +100,7 @@ unsafe fn vector32<L: Lanes, P: VectorFloat, G: VectorFloat, const AMSGRAD: bool
     unsafe {
         let third = if AMSGRAD { L::load(max_v) } else { L::splat(0.0) };
         let e = Elements { p: P::load::<L>(p), m: L::load(m), v: L::load(v), max_v: third };
-        let (e, fate) = update::<L, AMSGRAD>(e, G::load::<L>(g), c);
+        let (e, fate) = update::<L, P, AMSGRAD>(e, G::load::<L>(g), c);
         P::store::<L>(e.p, p);
         L::store(canonical::<L>(e.m), m);
         L::store(canonical::<L>(e.v), v);

@@ -19,8 +19,13 @@ const AHEAD: usize = 2 * BLOCK;
 /// Its methods may be called for elements that it has room for, by callers that enable the
 /// instruction set.
 pub(super) unsafe trait Sink<L: Lanes> {
-    /// Takes the `N` elements from `at` on.
-    unsafe fn take<const AMSGRAD: bool>(&mut self, at: usize, old_p: L::F, passed: Passed<L>);
+    /// Takes the `4 N` elements from `at` on.
+    unsafe fn take<const AMSGRAD: bool>(
+        &mut self,
+        at: usize,
+        old_p: [L::F; 4],
+        passed: [Passed<L>; 4],
+    );
 }
 
 /// What a pass makes of `N` elements.
@@ -138,8 +143,9 @@ impl<L: Lanes, C: Coder<L>> Pass<L, C> {
         // SAFETY: the contract of `over`.
         unsafe {
             let old = self.coder.decode::<AMSGRAD>(moments, at);
+            let p = P::load_4::<L>(p.add(at));
             each_of_4!(I => Elements {
-                p: P::load::<L>(p.add(at + I * L::N)),
+                p: p[I],
                 m: old[I][0],
                 v: old[I][1],
                 max_v: old[I][2],
@@ -186,15 +192,15 @@ impl<L: Lanes, C: Coder<L>> Pass<L, C> {
         unsafe {
             let old = self.old::<P, AMSGRAD>(p, moments, at);
             let moved = L::at_most(L::splat(0.0), L::splat(0.0));
-            let g =
-                each_of_4!(I => effective::<L>(old[I].p, G::load::<L>(g.add(at + I * L::N)), c));
+            let g = G::load_4::<L>(g.add(at));
+            let g = each_of_4!(I => effective::<L>(old[I].p, g[I], c));
             let (new, root) = updated::<L, AMSGRAD, 4>(old, g, c);
-            for i in 0..4 {
+            let passed = each_of_4!(I => {
                 // usable scales and finite gradients make finite moments
-                let stored = [new[i].m, new[i].v, new[i].max_v];
-                let passed = Passed { new: new[i], stored, root: root[i], moved };
-                self.take::<S, AMSGRAD>(at + i * L::N, old[i].p, passed, sink);
-            }
+                let stored = [new[I].m, new[I].v, new[I].max_v];
+                Passed { new: new[I], stored, root: root[I], moved }
+            });
+            self.take::<S, AMSGRAD>(at, each_of_4!(I => old[I].p), passed, sink);
         }
     }
 
@@ -213,9 +219,9 @@ impl<L: Lanes, C: Coder<L>> Pass<L, C> {
         // SAFETY: the contract of `over`.
         unsafe {
             let old = self.old::<P, AMSGRAD>(p, moments, at);
-            for (i, old) in old.into_iter().enumerate() {
-                let at = at + i * L::N;
-                let (new, fate) = update::<L, AMSGRAD>(old, G::load::<L>(g.add(at)), c);
+            let g = G::load_4::<L>(g.add(at));
+            let passed = each_of_4!(I => {
+                let (new, fate) = update::<L, P, AMSGRAD>(old[I], g[I], c);
                 finite += fate.finite;
                 self.kept += fate.kept;
                 let stored = [
@@ -223,10 +229,9 @@ impl<L: Lanes, C: Coder<L>> Pass<L, C> {
                     zero_unless_finite::<L>(new.v),
                     zero_unless_finite::<L>(new.max_v),
                 ];
-                let root = L::sqrt(stored[2]);
-                let passed = Passed { new, stored, root, moved: fate.moved };
-                self.take::<S, AMSGRAD>(at, old.p, passed, sink);
-            }
+                Passed { new, stored, root: L::sqrt(stored[2]), moved: fate.moved }
+            });
+            self.take::<S, AMSGRAD>(at, each_of_4!(I => old[I].p), passed, sink);
         }
         finite
     }
@@ -235,13 +240,15 @@ impl<L: Lanes, C: Coder<L>> Pass<L, C> {
     unsafe fn take<S: Sink<L>, const AMSGRAD: bool>(
         &mut self,
         at: usize,
-        old_p: L::F,
-        passed: Passed<L>,
+        old_p: [L::F; 4],
+        passed: [Passed<L>; 4],
         sink: &mut S,
     ) {
         // SAFETY: the contract of `over`.
         unsafe {
-            self.coder.extend::<AMSGRAD>(passed.stored);
+            for passed in &passed {
+                self.coder.extend::<AMSGRAD>(passed.stored);
+            }
             sink.take::<AMSGRAD>(at, old_p, passed);
         }
     }

@@ -239,14 +239,22 @@ impl Room {
 // SAFETY: the pointers are valid for a block's elements.
 unsafe impl<L: Lanes> Sink<L> for Stage {
     #[inline(always)]
-    unsafe fn take<const AMSGRAD: bool>(&mut self, at: usize, _: L::F, passed: Passed<L>) {
+    unsafe fn take<const AMSGRAD: bool>(
+        &mut self,
+        at: usize,
+        _: [L::F; 4],
+        passed: [Passed<L>; 4],
+    ) {
         // SAFETY: the trait's contract.
         unsafe {
-            L::store(passed.new.p, self.p.add(at));
-            L::store(passed.stored[0], self.m.add(at));
-            L::store(passed.root, self.root.add(at));
-            if AMSGRAD {
-                L::store(passed.stored[1], self.v.add(at));
+            for (i, passed) in passed.iter().enumerate() {
+                let at = at + i * L::N;
+                L::store(passed.new.p, self.p.add(at));
+                L::store(passed.stored[0], self.m.add(at));
+                L::store(passed.root, self.root.add(at));
+                if AMSGRAD {
+                    L::store(passed.stored[1], self.v.add(at));
+                }
             }
         }
     }
@@ -504,16 +512,16 @@ impl<L: Lanes> Carry<L> {
                     let most = L::splat(MOST);
                     L::round(if CLAMP { L::max(L::min(k, most), L::splat(-MOST)) } else { k })
                 });
-                for i in 0..4 {
-                    let at = at + i * L::N;
-                    let lost = L::fnma(L::to_float(code[i]), self.cell, ratio[i]);
-                    let share = L::fnma(self.eps, inverse[i], one);
+                let new = each_of_4!(I => {
+                    let lost = L::fnma(L::to_float(code[I]), self.cell, ratio[I]);
+                    let share = L::fnma(self.eps, inverse[I], one);
                     let share = if CLAMP { L::max(share, zero) } else { share };
-                    let old = L::load(stage.p.add(at));
+                    let old = L::load(stage.p.add(at + I * L::N));
                     let new = L::fnma(self.by, L::mul(share, lost), old);
                     self.nan = L::fma(new, zero, self.nan);
-                    P::store::<L>(new, p.add(at));
-                }
+                    new
+                });
+                P::store_4::<L>(new, p.add(at));
                 L::join_codes(code, stage.lowest.add(at), first.add(at));
             }
         }

@@ -99,7 +99,7 @@ pub(super) struct Fate<L: Lanes> {
 /// [`rule::update`](crate::rule::update), but for [`canonical`] moments. `AMSGRAD` says whether there
 /// is a third moment.
 #[inline(always)]
-pub(super) unsafe fn update<L: Lanes, const AMSGRAD: bool>(
+pub(super) unsafe fn update<L: Lanes, P: VectorFloat, const AMSGRAD: bool>(
     e: Elements<L>,
     given: L::F,
     c: &Splat<L>,
@@ -128,7 +128,7 @@ pub(super) unsafe fn update<L: Lanes, const AMSGRAD: bool>(
         }
         let moved = L::less(zero, moving);
         let kept = Elements {
-            p: L::select(moved, new.p, e.p),
+            p: L::select(moved, new.p, P::kept::<L>(e.p)),
             m: L::select(moved, new.m, e.m),
             v: L::select(moved, new.v, e.v),
             max_v: L::select(moved, new.max_v, e.max_v),
