@@ -160,7 +160,8 @@ struct Rule {
 /// State that no steps of this optimizer have made: a block's largest code may be any.
 fn foreign(format: StateFormat, len: usize) -> State {
     let hash = |i: usize| i.wrapping_mul(2_654_435_761).wrapping_add(len) >> 7;
-    let value = |i: usize| [0.0, 1e-45, 1e-30, 0.3, 1.0, 7e7, 1e30, f32::MAX][hash(i) % 8];
+    let values = [0.0, 1e-45, 1e-37, 1e-36, 1e-30, 0.3, 1.0, 7e7, 1e30, f32::MAX];
+    let value = |i: usize| values[hash(i) % values.len()];
     let mut state = State::zeros(format, len);
     match &mut state {
         State::F32 { exp_avg, exp_avg_sq, max_exp_avg_sq } => {
@@ -334,6 +335,35 @@ proptest! {
         let divided: Vec<Vec<f32>> =
             grads.iter().map(|grad| grad.iter().map(|g| g / scale).collect()).collect();
         prop_assert_eq!(run(scale, &grads), run(1.0, &divided));
+    }
+}
+
+/// Half of a cell, and what else might be made of one, is then rounded.
+#[test]
+fn ratios_of_nearly_subnormal_cells_agree() {
+    let len = 64 * 256;
+    let step = |backend| {
+        let adam = Adam::new(Hyper { eps: 0.0, ..Hyper::adam() }, StateFormat::RATIO8).unwrap();
+        let mut adam = adam.with_backend(backend).unwrap();
+        let id = adam.add(len);
+        let mut state = State::zeros(StateFormat::RATIO8, len);
+        let State::Coded { exp_avg, exp_avg_sq, .. } = &mut state else { unreachable!() };
+        exp_avg.code.iter_mut().enumerate().for_each(|(i, code)| *code = i as u8);
+        let first = 3e-37_f32.to_bits();
+        for (block, scale) in exp_avg.scale.iter_mut().enumerate() {
+            *scale = f32::from_bits(first + block as u32 * 0x1_0001);
+        }
+        exp_avg_sq.code.fill(200);
+        exp_avg_sq.scale.as_chunks_mut().0.fill([1.0, 2.0]);
+        adam.load_state(id, state, 5).unwrap();
+        let mut params = vec![0.0_f32; len];
+        adam.step(&mut [Update::new(id, &mut params[..], &vec![0.0_f32; len][..])]).unwrap();
+        params.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+    };
+    let want = step(Backend::Scalar);
+    assert!(want.iter().filter(|&&bits| bits << 1 != 0).count() > len / 2, "they move");
+    for backend in Backend::available() {
+        assert!(step(backend) == want, "{backend:?}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! Threads that are woken start on a core of their own, not on the one that wakes them.
+//! Threads that are woken start on another core than the one that wakes them.
 //!
 //! Linux wakes a thread on the core of the one that wakes it where it takes all others for busy. In a virtual
 //! machine it takes those for busy that have nothing to do, as the host has them do something else then
@@ -18,49 +18,66 @@ mod linux {
 
     const SIZE: usize = size_of::<cpu_set_t>();
 
-    /// A thread, as the system calls it.
+    /// With more threads than this one core is a small part, and so many calls of the system are not.
+    const FEW: usize = 16;
+
+    /// A thread.
     #[derive(Debug, Clone, Copy)]
-    pub(in crate::cpu) struct Thread(libc::pid_t);
+    pub(in crate::cpu) struct Thread {
+        id: libc::pid_t,
+        /// The cores that it might run on when it started.
+        cores: Option<cpu_set_t>,
+    }
 
     impl Thread {
         pub(in crate::cpu) fn current() -> Self {
-            // SAFETY: it takes nothing.
-            Self(unsafe { libc::gettid() })
+            // SAFETY: it takes nothing. (C libraries have a function for it only of late.)
+            let id = unsafe { libc::syscall(libc::SYS_gettid) } as libc::pid_t;
+            Self { id, cores: cores(id) }
         }
+    }
 
-        /// The cores that the thread may run on.
-        fn cores(self) -> Option<cpu_set_t> {
-            // SAFETY: a set of cores is bits, of which none need be set.
-            let mut cores = unsafe { zeroed() };
-            // SAFETY: the set is as large as is said.
-            let result = unsafe { libc::sched_getaffinity(self.0, SIZE, &raw mut cores) };
-            (result == 0).then_some(cores)
-        }
+    /// The cores that a thread may run on.
+    fn cores(id: libc::pid_t) -> Option<cpu_set_t> {
+        // SAFETY: a set of cores is bits, of which none need be set.
+        let mut cores = unsafe { zeroed() };
+        // SAFETY: the set is as large as is said.
+        let result = unsafe { libc::sched_getaffinity(id, SIZE, &raw mut cores) };
+        (result == 0).then_some(cores)
+    }
 
-        /// Sets them; there must be one at least, or nothing happens.
-        fn set_cores(self, cores: &cpu_set_t) {
-            // SAFETY: the set is as large as is said.
-            unsafe { libc::sched_setaffinity(self.0, SIZE, cores) };
-        }
+    /// Sets them; there must be one at least, or nothing happens.
+    fn set_cores(id: libc::pid_t, cores: &cpu_set_t) {
+        // SAFETY: the set is as large as is said.
+        unsafe { libc::sched_setaffinity(id, SIZE, cores) };
     }
 
     /// Does `wake`, which wakes some of these sleeping threads, while none of them may start on the calling
     /// thread's core, if it may on any other. What the system does not do is not an error.
+    ///
+    /// Threads that somebody else has given other cores, or whose container has others now, are left alone: to
+    /// put back fewer than there were would make that last.
     pub(in crate::cpu) fn elsewhere<T>(threads: &[Thread], wake: impl FnOnce() -> T) -> T {
         // SAFETY: it takes nothing.
-        let Ok(here) = usize::try_from(unsafe { libc::sched_getcpu() }) else { return wake() };
-        let cores: Vec<_> = threads.iter().map(|thread| thread.cores()).collect();
-        for (thread, cores) in threads.iter().zip(&cores) {
-            let Some(mut others) = *cores else { continue };
-            // SAFETY: a core beyond the set is none of it.
+        let here = usize::try_from(unsafe { libc::sched_getcpu() }).unwrap_or(usize::MAX);
+        if here >= 8 * SIZE || threads.len() > FEW {
+            return wake();
+        }
+        let threads: Vec<_> = threads
+            .iter()
+            .filter_map(|thread| Some((thread.id, thread.cores?, cores(thread.id)?)))
+            // SAFETY: two sets of cores.
+            .filter(|(_, before, now)| unsafe { libc::CPU_EQUAL(before, now) })
+            .map(|(id, cores, _)| (id, cores))
+            .collect();
+        for &(id, mut others) in &threads {
+            // SAFETY: the core is within the set.
             unsafe { libc::CPU_CLR(here, &mut others) };
-            thread.set_cores(&others);
+            set_cores(id, &others);
         }
         let woken = wake();
-        for (thread, cores) in threads.iter().zip(&cores) {
-            if let Some(cores) = cores {
-                thread.set_cores(cores);
-            }
+        for (id, cores) in &threads {
+            set_cores(*id, cores);
         }
         woken
     }
@@ -73,9 +90,19 @@ mod linux {
         use super::*;
 
         fn listed(thread: Thread) -> Vec<usize> {
-            let cores = thread.cores().unwrap();
+            let cores = cores(thread.id).unwrap();
             // SAFETY: a set of cores, which are so many.
             (0..8 * SIZE).filter(|&core| unsafe { libc::CPU_ISSET(core, &cores) }).collect()
+        }
+
+        /// A set of one core.
+        fn only(core: usize) -> cpu_set_t {
+            // SAFETY: an empty set of cores, to which one of them is added.
+            unsafe {
+                let mut cores = zeroed();
+                libc::CPU_SET(core, &mut cores);
+                cores
+            }
         }
 
         #[test]
@@ -86,23 +113,20 @@ mod linux {
                 told.recv()
             });
             let thread = said.recv().unwrap();
-            // this thread stays where it is
-            let me = Thread::current();
-            let allowed = listed(me);
-            // SAFETY: an empty set of cores, to which one is added that this thread may run on.
-            let here = unsafe {
-                let mut here = zeroed();
-                libc::CPU_SET(allowed[0], &mut here);
-                here
+            let check = move || {
+                let me = Thread::current();
+                let allowed = listed(me);
+                set_cores(me.id, &only(allowed[0])); // where this thread stays
+                let others = elsewhere(&[thread], || listed(thread));
+                let want = if allowed.len() == 1 { &allowed } else { &allowed[1..] };
+                assert_eq!(others, want);
+                assert_eq!(listed(thread), allowed);
+                // what somebody else has set stays
+                set_cores(thread.id, &only(allowed[0]));
+                assert_eq!(elsewhere(&[thread], || listed(thread)), allowed[..1]);
+                assert_eq!(listed(thread), allowed[..1]);
             };
-            me.set_cores(&here);
-            let others = elsewhere(&[thread], || listed(thread));
-            if allowed.len() == 1 {
-                assert_eq!(others, allowed);
-            } else {
-                assert_eq!(others, allowed[1..]);
-            }
-            assert_eq!(listed(thread), allowed);
+            thread::spawn(check).join().unwrap(); // which then takes its core with it
             drop(tell);
             assert!(sleeper.join().unwrap().is_err());
         }

@@ -6,8 +6,8 @@
 //! * `huge` asks for the pages that suit the one long read that a step is;
 //! * `measure` finds what must be known of a whole tensor before any of it is written;
 //! * `prefetch` asks for memory ahead;
-//! * [`run`] cuts tensors into chunks of whole blocks and hands them to the threads of [`pool`], each of
-//!   which starts on one of the `cores` for itself.
+//! * [`run`] cuts tensors into chunks of whole blocks and hands them to the threads of [`pool`], which start
+//!   on other `cores` than the caller's.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

@@ -199,7 +199,7 @@ struct Stores<L: Lanes, P> {
     nan: L::F,
 }
 
-// SAFETY: the pointers are valid for a block's elements, by `block8`.
+// SAFETY: the pointers are valid for a block's elements.
 unsafe impl<L: Lanes, P: VectorFloat> Sink<L> for Stores<L, P> {
     #[inline(always)]
     unsafe fn take<const AMSGRAD: bool>(

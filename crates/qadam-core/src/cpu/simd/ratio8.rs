@@ -80,8 +80,7 @@ impl<L: Lanes> Roots<L> {
 /// The old scales, and the ends of the new roots' squares.
 #[derive(Clone, Copy)]
 pub(super) struct CoderR<L: Lanes> {
-    /// Of the ratios' bytes, in which codes are doubled.
-    half_cell: L::F,
+    cell: L::F,
     /// Of a code of 0.
     offset: L::F,
     roots: Roots<L>,
@@ -99,14 +98,22 @@ impl<L: Lanes> CoderR<L> {
         f32::from_bits(unsafe { L::reduce_min_i(self.least[index]) } as u32)
     }
 
-    /// The new range of the second moment's roots, or of the third's. `positive` finds the smallest that
-    /// is, where some are 0.
+    /// The new range of the second moment's roots, or of the third's. Its `len` values, or their roots,
+    /// are looked at again where some are 0.
+    ///
+    /// # Safety
+    /// So many are valid, whole vectors; the caller enables the instruction set.
     #[inline(always)]
-    unsafe fn range(&self, index: usize, positive: impl FnOnce() -> f32) -> Scale {
-        // SAFETY: the caller enables the instruction set.
-        let (least, most) = unsafe { (self.least(index), L::reduce_max(self.most[index])) };
-        let least = if least > 0.0 { least.sqrt() } else { positive() };
-        ratio::range(least, most.sqrt(), None)
+    unsafe fn range(&self, index: usize, values: *const f32, are_roots: bool, len: usize) -> Scale {
+        // SAFETY: this function's contract.
+        let (mut least, most) = unsafe { (self.least(index), L::reduce_max(self.most[index])) };
+        let mut is_root = false;
+        if least == 0.0 {
+            // SAFETY: as above.
+            least = unsafe { least_positive::<L>(values, len) };
+            is_root = are_roots;
+        }
+        ratio::range(if is_root { least } else { least.sqrt() }, most.sqrt(), None)
     }
 }
 
@@ -145,7 +152,7 @@ unsafe impl<L: Lanes> Coder<L> for CoderR<L> {
             let roots = Roots::new(grid(v, TOP));
             let cell = Ratios::new(ratio::usable_ratio(*m.scale)).cell;
             Self {
-                half_cell: L::splat(0.5 * cell),
+                cell: L::splat(cell),
                 offset: L::splat(-(ZERO as f32) * cell),
                 roots,
                 largest: if AMSGRAD { Roots::new(grid(max_v, LARGEST_TOP)) } else { roots },
@@ -164,7 +171,7 @@ unsafe impl<L: Lanes> Coder<L> for CoderR<L> {
         // SAFETY: the trait's contract.
         unsafe {
             let [first, second, third] = moments.map(|moment| moment.code.add(at));
-            let (one, ratio) = (L::splat_i(1), L::splat_i(0xFE));
+            let one = L::splat_i(1);
             let first = each_of_4!(I => L::load_codes(first.add(I * L::N)));
             let root = each_of_4!(I => {
                 let upper = L::left::<1>(L::load_codes(second.add(I * L::N)));
@@ -177,8 +184,7 @@ unsafe impl<L: Lanes> Coder<L> for CoderR<L> {
             };
             each_of_4!(I => {
                 // rounded once, as the product of the difference
-                let twice = L::to_float(L::and_i(first[I], ratio));
-                let ratio = L::fma(twice, self.half_cell, self.offset);
+                let ratio = L::fma(L::to_float(L::right::<1>(first[I])), self.cell, self.offset);
                 let v = L::mul(root[I], root[I]);
                 let max_v = if AMSGRAD { L::mul(largest[I], largest[I]) } else { v };
                 [L::mul(ratio, largest[I]), v, max_v]
@@ -329,14 +335,14 @@ impl<P: VectorFloat, G: VectorFloat> Found<P, G> {
         let len = block.len.next_multiple_of(4 * L::N);
         // SAFETY: this function's contract.
         unsafe {
-            let least = |values| least_positive::<L>(values, len);
+            let none = Scale::default();
             let scales = if let Some(told) = block.coded.told {
                 told
             } else if AMSGRAD {
-                let second = coder.range(0, || least(stage.v).sqrt());
-                [Scale::default(), second, coder.range(1, || least(stage.root))]
+                let second = coder.range(0, stage.v, false, len);
+                [none, second, coder.range(1, stage.root, true, len)]
             } else {
-                [Scale::default(), coder.range(0, || least(stage.root)), Scale::default()]
+                [none, coder.range(0, stage.root, true, len), none]
             };
             // AMSGrad is rare, and every copy of the second pass takes long to compile
             let has_zeros = AMSGRAD || coder.least(0) == 0.0;
