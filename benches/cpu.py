@@ -39,7 +39,11 @@ OUT = ROOT / "target" / "bench"
 QUICK = [name for name, c in CONTENDERS.items() if c.package is None and c.backend is None]
 BUSY = 0.9
 """Where no stream uses a larger share of its threads' time, other programs had the rest."""
-BACKENDS = ("qadam.AdamW8bit, avx2", "qadam.AdamW8bit, avx512")
+PAIRS = {
+    "AVX2 by AVX-512": ("qadam.AdamW8bit, avx2", "qadam.AdamW8bit, avx512"),
+    "by 1 thread": ("qadam.AdamW8bit", "qadam.AdamW8bit, 1 thread"),
+    "ratio by dynamic": ("qadam.AdamW8bit, ratio", "qadam.AdamW8bit"),
+}
 """Whose steps are compared with each other too."""
 
 
@@ -71,7 +75,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def summarize(race: dict[str, Any]) -> None:
-    """Adds to each row what its samples say; AVX2 beside AVX-512; was the machine busy?"""
+    """Adds to each row what its samples say; pairs beside each other; was the machine busy?"""
     rows = race["optimizers"]
     for row in rows.values():
         seconds, elements = row["seconds"], race["elements"]
@@ -86,8 +90,11 @@ def summarize(race: dict[str, Any]) -> None:
     # the shortest may wait for a thread to wake up; torch gives small tensors to one thread
     enough = BUSY * race["threads"]
     race["busy"] = race["case"] != "c" and max(streams, default=enough) < enough
-    if all(name in rows for name in BACKENDS):
-        race["avx2_by_avx512"] = by_round(*(rows[name] for name in BACKENDS))
+    race["pairs"] = {
+        title: by_round(*(rows[name] for name in pair))
+        for title, pair in PAIRS.items()
+        if all(name in rows for name in pair)
+    }
 
 
 def by_round(own: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
@@ -114,10 +121,9 @@ def table(race: dict[str, Any]) -> str:
             f" {row['gb_per_second']['median']:6.1f} {row['cores']:5.2f}"
             f" {cell(row.get('peak_bytes_per_param'))} {cell(row.get('state_bytes_per_param'))}"
         )
-    if "avx2_by_avx512" in race:
-        ratio = race["avx2_by_avx512"]
+    for title, ratio in race["pairs"].items():
         spelled = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
-        lines.append(f"  qadam.AdamW8bit, AVX2 by AVX-512: {spelled}")
+        lines.append(f"  qadam.AdamW8bit, {title}: {spelled}")
     if race["busy"]:
         lines.append("  other programs took part of the cores: these figures mean little")
     lines += [f"  absent: {name}: {reason}" for name, reason in race["absent"].items()]

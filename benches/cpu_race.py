@@ -26,8 +26,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -124,6 +124,8 @@ class Contender:
     """The distribution, where it is a peer's: one that fails is absent, and a slow one stops."""
     backend: str | None = None
     """``QADAM_CPU``, which is read once a process: this one steps in a process of its own."""
+    threads: int | None = None
+    """Where these are not the race's."""
 
 
 QADAM_8BIT = from_package(["qadam"], "AdamW8bit", min_8bit_size=0)
@@ -137,6 +139,7 @@ CONTENDERS: dict[str, Contender] = {
     "qadam.AdamW8bit, ratio": Contender(
         from_package(["qadam"], "AdamW8bit", min_8bit_size=0, state_code="ratio"), 6.1
     ),
+    "qadam.AdamW8bit, 1 thread": Contender(QADAM_8BIT, 6.1, threads=1),
     "qadam.AdamW8bit, avx512": Contender(QADAM_8BIT, 16, backend="avx512"),
     "qadam.AdamW8bit, avx2": Contender(QADAM_8BIT, 16, backend="avx2"),
     "DeepSpeedCPUAdam": Contender(
@@ -179,6 +182,19 @@ def timed(step: Callable[[], object]) -> Sample:
     start = time.perf_counter()
     step()
     return Sample(time.perf_counter() - start, time.process_time() - cpu)
+
+
+@contextmanager
+def use_threads(count: int | None) -> Iterator[None]:
+    """Has torch's number of threads be another one for a while."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
 
 
 @cache
@@ -289,7 +305,7 @@ class Local:
 
     def __init__(self, name: str, contender: Contender, arena: Field) -> None:
         self.name, self.peer = name, contender.package is not None
-        self._arena = arena
+        self._arena, self._threads = arena, contender.threads
         self._params = arena.params()
         start = time.perf_counter()
         self._optimizer = contender.make(self._params, arena.dtype)
@@ -308,7 +324,8 @@ class Local:
 
     def _checked_step(self, step: Callable[[], Any]) -> Any:  # noqa: ANN401 - what the step returns
         before = self._arena.probe(self._params)
-        result = step()
+        with use_threads(self._threads):
+            result = step()
         self._arena.check_step(self._params, before)
         return result
 
@@ -626,10 +643,10 @@ def measure(settings: Settings) -> dict[str, Any]:
     names = []
     for name in settings.names:
         reason = LEFT_OUT.get((settings.case, name))
-        if reason is None:
-            names.append(name)
-        else:
+        if reason is not None:
             out.absent[name] = reason
+        elif CONTENDERS[name].threads != settings.threads:
+            names.append(name)
     room = MEMORY_SHARE * available_memory() / elements
     groups = plan(names, STREAM_NEEDS, FIELD_NEEDS + CONTENDERS[BASELINE].needs, room)
     arena = Field(shapes, case.dtype)
