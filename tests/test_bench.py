@@ -129,6 +129,23 @@ def test_groups_keep_the_back_ends_of_one_optimizer_together(bench):
     ]
 
 
+def test_a_contender_may_have_threads_of_its_own(bench, monkeypatch):
+    counts = []
+
+    class Noting(torch.optim.AdamW):
+        def step(self, closure=None):
+            counts.append(torch.get_num_threads())
+            return super().step(closure)
+
+    enter(bench, monkeypatch, lambda params, _: Noting(params, fused=True), threads=1)
+    found = bench.measure(settings(bench, "other", threads=2))
+    assert "other" in found["optimizers"]
+    assert set(counts) == {1}
+    assert torch.get_num_threads() == 2
+    found = bench.measure(settings(bench, "other", threads=1))  # where it would be nothing special
+    assert "other" not in found["optimizers"]
+
+
 def test_another_process_takes_turns(bench):
     name = "qadam.AdamW8bit, avx2"
     found = bench.measure(settings(bench, name))
@@ -307,7 +324,7 @@ def test_ratios_are_taken_round_by_round(cpu):
             "step_bytes_per_param": 16,
         }
 
-    avx2, avx512 = cpu.BACKENDS
+    avx2, avx512 = cpu.PAIRS["AVX2 by AVX-512"]
     race = {
         "case": "a",
         "elements": 10**9,
@@ -323,7 +340,7 @@ def test_ratios_are_taken_round_by_round(cpu):
     assert found["ns_per_param"] == {"median": 8, "min": 2, "max": 9}
     assert found["gb_per_second"] == {"median": 2, "min": 16 / 9, "max": 8}
     assert found["cores"] == 2
-    assert race["avx2_by_avx512"] == {"median": 1.5, "min": 1, "max": 2}
+    assert race["pairs"] == {"AVX2 by AVX-512": {"median": 1.5, "min": 1, "max": 2}}
 
 
 def test_a_busy_machine_is_named(cpu):
@@ -338,6 +355,13 @@ def test_a_busy_machine_is_named(cpu):
     race |= {"absent": {}, "broken": {}}
     cpu.summarize(race)
     assert race["busy"]
+    enough = row | {"cpu_seconds": [1.9, 1.9]}  # the other one may have waited for a thread
+    longer = race | {"optimizers": {"stream copy": row, "stream in place": enough}}
+    cpu.summarize(longer)
+    assert not longer["busy"]
+    nobody = race | {"optimizers": {}}
+    cpu.summarize(nobody)
+    assert not nobody["busy"]
     assert "other programs" in cpu.table(race)
     small = race | {"case": "c"}  # of which torch streams each with one thread
     cpu.summarize(small)
@@ -368,7 +392,7 @@ def test_a_peer_that_does_not_install_says_why(monkeypatch):
 
 def test_quick_has_torch_alone(cpu):
     quick = cpu.chosen(None, quick=True)
-    own = ["qadam.AdamW", "qadam.AdamW8bit", "qadam.AdamW8bit, ratio"]
+    own = ["qadam.AdamW", "qadam.AdamW8bit", "qadam.AdamW8bit, ratio", "qadam.AdamW8bit, 1 thread"]
     assert quick == ["torch.optim.AdamW(foreach=True)", *own]
     assert cpu.chosen(["AdamW8bit, avx2", "DeepSpeed"], quick=False) == [
         "qadam.AdamW8bit, avx2",
