@@ -3,7 +3,7 @@
 //! The hardware's own prefetchers stop at every page of 4 KiB, and know nothing of the next tensor.
 
 use super::folds::Chunk;
-use crate::codec::BLOCK;
+use crate::codec::{BLOCK, Moment};
 use crate::tensor::{RawState, TensorStep};
 
 /// Asks for `len` elements. That is never a fault, wherever they are.
@@ -30,9 +30,11 @@ pub(super) fn prefetch_tensor(step: &TensorStep, chunk: Chunk) {
         let len = chunk.len.min(2 * BLOCK);
         prefetch(step.param, len * step.param_dtype.size());
         prefetch(step.grad, len * step.grad_dtype.size());
-        for moment in moments.each() {
+        let blocks = if moments.block_wise { chunk.len.div_ceil(BLOCK) } else { 1 };
+        for (moment, of) in moments.each().zip(Moment::ALL) {
             prefetch(moment.code, len);
-            prefetch(moment.scale, 1);
+            // two lines at most: more are a stream, which the processor sees
+            prefetch(moment.scale, (blocks * moments.code.scales(of)).min(32));
         }
     }
 }
