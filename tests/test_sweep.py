@@ -472,14 +472,14 @@ def can_move():
     advise = ctypes.CDLL(None).madvise
 
     def moves():
-        # a mapping of its own: malloc's may hold pages that something else has hold of
+        # a mapping of its own: of malloc's memory it was refused once, in a run of all tests
         with mmap.mmap(-1, 4 * huge, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
             memory.write(bytes(4 * huge))
             address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
             start = ctypes.c_void_p(-(-address // huge) * huge)
             return advise(start, ctypes.c_size_t(2 * huge), collapse) == 0
 
-    return any(moves() for _ in range(5))  # one page that is in use for a moment is enough to fail
+    return any(moves() for _ in range(5))
 
 
 @pytest.mark.cpu_only

@@ -1,9 +1,9 @@
 //! Threads that are woken start on another core than the one that wakes them.
 //!
-//! Linux wakes a thread on the core of the one that wakes it where it takes all others for busy. In a virtual
-//! machine it takes those for busy that have nothing to do, as the host has them do something else then
-//! (`available_idle_cpu` in its scheduler). The balance of load parts the two threads after some
-//! milliseconds, in which a step of small tensors is over: on two cores it was made by one.
+//! In a virtual machine of two cores, Linux was seen to wake a thread that had slept for 10 ms on the core of
+//! the one that wakes it, the other core having nothing to do; most likely as the host has such cores do
+//! something else, and the scheduler counts them as busy (`available_idle_cpu`). It parts the two later, but
+//! a step of small tensors is over in milliseconds: it was made by one core.
 
 #[cfg(target_os = "linux")]
 pub(super) use linux::{Thread, elsewhere};

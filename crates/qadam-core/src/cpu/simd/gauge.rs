@@ -257,32 +257,18 @@ unsafe impl<L: Lanes> Sink<L> for Measures<'_, L> {
         passed: [Passed<L>; 4],
     ) {
         for (i, (old_p, passed)) in old_p.into_iter().zip(passed).enumerate() {
-            // SAFETY: the trait's contract.
-            unsafe { self.take_vector::<AMSGRAD>(at + i * L::N, old_p, passed) };
-        }
-    }
-}
-
-impl<L: Lanes> Measures<'_, L> {
-    /// # Safety
-    /// The contract of [`Sink`], of `N` elements.
-    #[inline(always)]
-    unsafe fn take_vector<const AMSGRAD: bool>(
-        &mut self,
-        at: usize,
-        old_p: L::F,
-        passed: Passed<L>,
-    ) {
-        if let Some(values) = &mut self.values {
-            for (values, stored) in values.iter_mut().zip(passed.stored) {
-                // SAFETY: there is room for a block.
-                unsafe { L::store(stored, values.as_mut_ptr().add(at)) };
+            let at = at + i * L::N;
+            if let Some(values) = &mut self.values {
+                for (values, stored) in values.iter_mut().zip(passed.stored) {
+                    // SAFETY: there is room for a block.
+                    unsafe { L::store(stored, values.as_mut_ptr().add(at)) };
+                }
             }
-        }
-        if self.c.is_limited {
-            let Passed { new, moved, .. } = passed;
-            // SAFETY: this function's contract.
-            unsafe { self.squares.set::<L, AMSGRAD>(at, old_p, new, moved, self.c) };
+            if self.c.is_limited {
+                let Passed { new, moved, .. } = passed;
+                // SAFETY: the trait's contract.
+                unsafe { self.squares.set::<L, AMSGRAD>(at, old_p, new, moved, self.c) };
+            }
         }
     }
 }
