@@ -26,7 +26,11 @@ use crate::tensor::{RawState, TensorStep};
 /// hand-over.
 const CHUNK: usize = 128 * BLOCK;
 
-/// Runs `work` for every chunk on `threads` threads and adds up what it returns.
+/// Elements a thread takes at a turn at most, or little more.
+const LONGEST: usize = 32 * CHUNK;
+
+/// Runs `work` for all elements of `chunks`, which are in order, on `threads` threads and adds up what it
+/// returns.
 fn over_chunks(
     steps: &[TensorStep],
     chunks: &[Chunk],
@@ -35,33 +39,51 @@ fn over_chunks(
 ) -> Result<usize> {
     let run = |chunks: &[Chunk]| -> usize {
         let _ieee = Ieee::enter();
-        let work = |index: usize| {
-            if let Some(next) = chunks.get(index + 1) {
+        let mut joined = joined(chunks).peekable();
+        let mut nonfinite = 0;
+        while let Some(chunk) = joined.next() {
+            if let Some(next) = joined.peek() {
                 prefetch_tensor(&steps[next.tensor], *next);
             }
-            work(&steps[chunks[index].tensor], chunks[index])
-        };
-        (0..chunks.len()).map(work).sum()
+            nonfinite += work(&steps[chunk.tensor], chunk);
+        }
+        nonfinite
     };
-    let elements: usize = chunks.iter().map(|chunk| chunk.len).sum();
-    if threads == 1 || elements <= CHUNK {
+    if threads == 1 || elements(chunks) <= CHUNK {
         return Ok(run(chunks));
     }
-    pool::sum(batches(chunks).into_iter(), threads, run)
+    pool::sum(turns(chunks, threads).into_iter(), threads, run)
 }
 
-/// Runs of `chunks` of at least [`CHUNK`] elements, but for the last: a thread that takes one takes
-/// enough, however small the tensors are.
-fn batches(chunks: &[Chunk]) -> Vec<&[Chunk]> {
-    let (mut batches, mut start, mut elements) = (Vec::new(), 0, 0);
+/// Cuts `chunks` into what threads take at a turn: half a thread's share of what is left, but at least
+/// [`CHUNK`] elements, the last turn excepted, and not beyond [`LONGEST`] by a whole chunk.
+///
+/// However small the tensors are, a turn is worth taking. Long turns spare a large tensor the seams, where
+/// memory's stream breaks off and what was asked for ahead is another thread's. Not all elements take
+/// equally long, nor are all processors equally fast: short turns at the end even that out.
+fn turns(chunks: &[Chunk], threads: usize) -> Vec<&[Chunk]> {
+    let mut left = elements(chunks);
+    let (mut turns, mut start, mut taken) = (Vec::new(), 0, 0);
     for (index, chunk) in chunks.iter().enumerate() {
-        elements += chunk.len;
-        if elements >= CHUNK || index + 1 == chunks.len() {
-            batches.push(&chunks[start..=index]);
-            (start, elements) = (index + 1, 0);
+        taken += chunk.len;
+        let enough = (left / threads / 2).clamp(CHUNK, LONGEST);
+        if taken >= enough || index + 1 == chunks.len() {
+            turns.push(&chunks[start..=index]);
+            left -= taken;
+            (start, taken) = (index + 1, 0);
         }
     }
-    batches
+    turns
+}
+
+/// The same elements, with neighbouring chunks of a tensor made one.
+fn joined(chunks: &[Chunk]) -> impl Iterator<Item = Chunk> {
+    let tensors = chunks.chunk_by(|a, b| a.tensor == b.tensor);
+    tensors.map(|chunks| Chunk { len: elements(chunks), ..chunks[0] })
+}
+
+fn elements(chunks: &[Chunk]) -> usize {
+    chunks.iter().map(|chunk| chunk.len).sum()
 }
 
 /// Returns an error where paged state cannot be stepped: it belongs to another process, or an
@@ -452,19 +474,43 @@ mod tests {
     }
 
     #[test]
-    fn batches_are_all_chunks_in_order_and_large_enough() {
-        let of = |lens: &[usize]| -> Vec<Chunk> {
-            lens.iter().enumerate().map(|(tensor, &len)| Chunk { tensor, start: 0, len }).collect()
+    fn turns_are_all_elements_in_order_and_neither_too_few_nor_too_many() {
+        let cases: [&[usize]; 7] = [
+            &[],
+            &[1; 7],
+            &[1, CHUNK, 1, 0],
+            &[300 * CHUNK],
+            &[3000; 1000],
+            &[0, 3000, 40 * CHUNK + 77, 3000, 0, 20 * CHUNK, 1],
+            &[9 * CHUNK; 9],
+        ];
+        let cut = |Chunk { tensor, start, len }: Chunk| {
+            let end = start + len;
+            (start..end).step_by(CHUNK).map(move |start| (tensor, start, CHUNK.min(end - start)))
         };
-        for lens in [vec![], vec![1; 7], vec![CHUNK; 3], vec![3000; 100], vec![1, CHUNK, 1, 0]] {
-            let chunks = of(&lens);
-            let batches = batches(&chunks);
-            let tensors = batches.concat().iter().map(|chunk| chunk.tensor).collect::<Vec<_>>();
-            assert_eq!(tensors, (0..lens.len()).collect::<Vec<_>>());
-            let sums = batches.iter().map(|part| part.iter().map(|chunk| chunk.len).sum());
-            let sums: Vec<usize> = sums.collect();
-            let all_but_last = &sums[..sums.len().saturating_sub(1)];
-            assert!(all_but_last.iter().all(|sum| (CHUNK..2 * CHUNK).contains(sum)), "{sums:?}");
+        for (lens, threads) in
+            cases.iter().flat_map(|lens| [1, 2, 7].map(|threads| (lens, threads)))
+        {
+            let whole = |(tensor, &len)| Chunk { tensor, start: 0, len };
+            let all: Vec<_> = lens.iter().enumerate().map(whole).flat_map(cut).collect();
+            // paged state is stepped in parts, which begin in the middle of a tensor
+            for part in [&all[..], &all[all.len() / 3..]] {
+                let of = |&(tensor, start, len)| Chunk { tensor, start, len };
+                let chunks: Vec<Chunk> = part.iter().map(of).collect();
+                let turns = turns(&chunks, threads);
+                let mut left = elements(&chunks);
+                for (index, turn) in turns.iter().enumerate() {
+                    assert!(joined(turn).is_sorted_by(|a, b| a.tensor < b.tensor), "{lens:?}");
+                    let taken = elements(turn);
+                    let enough = (left / (2 * threads)).clamp(CHUNK, LONGEST);
+                    assert!(taken >= enough || index + 1 == turns.len(), "{taken} of {left}");
+                    assert!(taken < enough + CHUNK, "{taken} of {left}");
+                    left -= taken;
+                }
+                let again: Vec<_> =
+                    turns.iter().flat_map(|turn| joined(turn)).flat_map(cut).collect();
+                assert_eq!(again, part);
+            }
         }
     }
 }
