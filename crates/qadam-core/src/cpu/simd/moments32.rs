@@ -7,8 +7,8 @@ use crate::cpu::prefetch::prefetch;
 use crate::rule::Coefficients;
 use crate::tensor::Moments32;
 
-/// How many elements ahead memory is asked for, as measured.
-const AHEAD: usize = 128;
+/// How many elements ahead memory is asked for, as measured. Fewer can be worse than none.
+const AHEAD: usize = 512;
 
 /// 32-bit moments.
 ///
