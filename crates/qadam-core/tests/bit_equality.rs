@@ -369,8 +369,8 @@ fn ratios_of_nearly_subnormal_cells_agree() {
 
 #[test]
 fn thread_counts_agree() {
-    // several chunks and a short tail, with scattered trouble
-    let len = 5 * 128 * 256 + 77;
+    // so many chunks that a turn of several begins after another, and a short tail; with scattered trouble
+    let len = 9 * 128 * 256 + 77;
     let number = |i: usize, salt: usize| {
         let x = ((i * 2_654_435_761 + salt * 40_503) % 1_000_003) as f32 / 1_000_003.0 - 0.5;
         match i % 10_007 {
