@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import fingerprint, frozen, give_grads, same_bits, train, twins
+from mappings import mappings
 from torch.nn import Parameter
 
 import qadam
@@ -65,13 +66,7 @@ def free(directory):
 
 def in_memory(directory):
     """Bytes of page files that this process has in its memory."""
-    total, of_file = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if line[:1] in "0123456789abcdef" and "-" in line.split()[0]:
-            of_file = os.fspath(directory) in line
-        elif of_file and line.startswith("Rss:"):
-            total += int(line.split()[1]) * 1024
-    return total
+    return sum(fields["Rss"] for _, name, fields in mappings() if os.fspath(directory) in name)
 
 
 # A file's life.

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CODES, WIDTHS, give_grads, scale_key, train
+from mappings import mappings
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
@@ -458,14 +459,12 @@ def in_huge_pages(tensor):
 
     Not of the whole process: what earlier tests left is freed at any time.
     """
-    smaps = Path("/proc/self/smaps")
-    first, end, total, within = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, 0, False
-    for line in smaps.read_text().splitlines() if smaps.exists() else []:
-        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            within = int(found[1], 16) < end and first < int(found[2], 16)
-        elif within and (found := re.match(r"AnonHugePages: +(\d+) kB", line)):
-            total += int(found[1]) << 10
-    return total
+    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes - 1
+    return sum(
+        fields["AnonHugePages"]
+        for addresses, _, fields in mappings()
+        if addresses.start <= last and first < addresses.stop
+    )
 
 
 def can_move():

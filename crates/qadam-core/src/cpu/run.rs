@@ -22,8 +22,8 @@ use crate::paging::stream::Windows;
 use crate::rule::Coefficients;
 use crate::tensor::{RawState, TensorStep};
 
-/// Elements a chunk: 128 blocks, small enough to balance threads, large enough to hide the
-/// hand-over.
+/// Elements a chunk, and of the shortest turns: 128 blocks, small enough to balance threads, large enough to
+/// hide the hand-over.
 const CHUNK: usize = 128 * BLOCK;
 
 /// Elements a thread takes at a turn at most, or little more.

@@ -10,7 +10,7 @@ use crate::cpu::prefetch::prefetch;
 use crate::tensor::RawCoded;
 
 /// How many elements ahead memory is asked for: three blocks, as measured. Two are a little slower, and so
-/// are four, at which float elements share sets of the first cache with those that are in use.
+/// are four, most likely as float elements then share sets of the first cache with those that are in use.
 const AHEAD: usize = 3 * BLOCK;
 
 /// What takes the new values of a pass.
