@@ -386,6 +386,35 @@ def test_gradients_that_come_and_go_in_turns(width):
     assert held(known) == held(new)
 
 
+@EACH_WIDTH
+def test_memory_that_is_gone_may_be_asked_for_ahead(width):
+    """In steps of many parameters another thread asks for what is going to be looked at, by what was so up
+    to 32 steps ago."""
+
+    def many():
+        values = torch.randn(2500, 8, generator=torch.Generator().manual_seed(0))
+        params = [Parameter(value.clone()) for value in values]
+        return qadam.AdamW(params, min_8bit_size=0, **WIDTHS[width])
+
+    known, new = many(), many()
+    threads = torch.get_num_threads()
+    try:
+        for step in range(37):
+            for optimizer, count in ((known, 4), (new, 1)):
+                if step in (0, 20):
+                    give_grads(optimizer.param_groups[0]["params"], seed=step)
+                if step == 20:
+                    for which in range(0, 2500, 2):
+                        entry, key = moment(optimizer, which)
+                        entry[key] = entry[key].clone()
+                        move(optimizer.param_groups[0]["params"][which])
+                torch.set_num_threads(count)
+                optimizer.step()
+    finally:
+        torch.set_num_threads(threads)
+    assert held(known) == held(new)
+
+
 # By which way tensors are read.
 
 

@@ -1,4 +1,4 @@
-//! Threads that are woken start on another core than the one that wakes them.
+//! Cores: threads that are woken start on another one than that which wakes them, and which share a cache.
 //!
 //! In a virtual machine of two cores, Linux was seen to wake a thread that had slept for 10 ms on the core of
 //! the one that wakes it, the other core having nothing to do; most likely as the host has such cores do
@@ -6,13 +6,15 @@
 //! a step of small tensors is over in milliseconds: it was made by one core.
 
 #[cfg(target_os = "linux")]
-pub(super) use linux::{Thread, elsewhere};
+pub(super) use linux::{Thread, elsewhere, share_a_cache};
 #[cfg(not(target_os = "linux"))]
-pub(super) use others::{Thread, elsewhere};
+pub(super) use others::{Thread, elsewhere, share_a_cache};
 
 #[cfg(target_os = "linux")]
 mod linux {
+    use std::fs::read_to_string;
     use std::mem::{size_of, zeroed};
+    use std::sync::OnceLock;
 
     use libc::cpu_set_t;
 
@@ -82,6 +84,33 @@ mod linux {
         woken
     }
 
+    /// Whether this process has more cores than one (those that the first caller may run on) and they share
+    /// their last cache, by what the system says. (A virtual machine may have cores that are further apart.)
+    pub(in crate::cpu) fn share_a_cache() -> bool {
+        static ANSWER: OnceLock<bool> = OnceLock::new();
+        *ANSWER.get_or_init(|| {
+            let Some(mine) = cores(0) else { return false };
+            // SAFETY: a set of cores, which are so many.
+            let mine = (0..8 * SIZE).filter(|&core| unsafe { libc::CPU_ISSET(core, &mine) });
+            let [one, others @ ..] = &mine.collect::<Vec<_>>()[..] else { return false };
+            let sharing = (0..8).rev().find_map(|index| {
+                let cache = format!("/sys/devices/system/cpu/cpu{one}/cache/index{index}");
+                read_to_string(cache + "/shared_cpu_list").ok()
+            });
+            let is_sharing = |&core: &usize| sharing.as_ref().is_some_and(|list| has(list, core));
+            !others.is_empty() && others.iter().all(is_sharing)
+        })
+    }
+
+    /// Whether a list like `0-3,8` has a core.
+    fn has(list: &str, core: usize) -> bool {
+        let number = |text: &str| text.trim().parse::<usize>().ok();
+        list.split(',').any(|part| {
+            let (from, to) = part.split_once('-').unwrap_or((part, part));
+            number(from).zip(number(to)).is_some_and(|(from, to)| (from..=to).contains(&core))
+        })
+    }
+
     #[cfg(test)]
     mod tests {
         use std::sync::mpsc::channel;
@@ -132,6 +161,14 @@ mod linux {
         }
 
         #[test]
+        fn a_list_of_cores_is_ranges_and_single_ones() {
+            let read = |list: &str| (0..12).filter(|&core| has(list, core)).collect::<Vec<_>>();
+            assert_eq!(read("0-2,5,10-11\n"), [0, 1, 2, 5, 10, 11]);
+            assert_eq!(read("7"), [7]);
+            assert!(read("\n").is_empty());
+        }
+
+        #[test]
         fn threads_that_are_gone_are_no_error() {
             let gone = thread::spawn(Thread::current).join().unwrap();
             assert_eq!(elsewhere(&[gone], || 7), 7);
@@ -152,5 +189,10 @@ mod others {
 
     pub(in crate::cpu) fn elsewhere<T>(_: &[Thread], wake: impl FnOnce() -> T) -> T {
         wake()
+    }
+
+    /// Not known.
+    pub(in crate::cpu) const fn share_a_cache() -> bool {
+        false
     }
 }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use super::cores::{Thread, elsewhere};
+use super::cores::{Thread, elsewhere, share_a_cache};
 use crate::error::{Error, Result};
 
 /// Threads.
@@ -139,6 +139,20 @@ pub(super) fn share<T: Send>(
     Ok(())
 }
 
+/// Has `work` done by one of `threads` threads while the caller goes on, where the process's cores share a
+/// cache, so that the caller finds in it what `work` has brought there.
+///
+/// Nobody is told when it is done, or that it was not, for want of such a thread: it is for what changes
+/// nothing but speed.
+pub fn aside(threads: usize, work: impl FnOnce() + Send + 'static) {
+    if threads > 1
+        && share_a_cache()
+        && let Ok(pool) = pool(threads)
+    {
+        elsewhere(&lock(&pool.threads), || pool.rayon.spawn(work));
+    }
+}
+
 /// [`share`]; adds up what `work` returns.
 ///
 /// # Errors
@@ -158,6 +172,7 @@ pub(super) fn sum<T: Send>(
 #[cfg(test)]
 mod tests {
     use std::sync::Barrier;
+    use std::sync::mpsc::channel;
     use std::thread;
 
     use super::*;
@@ -187,6 +202,17 @@ mod tests {
         };
         assert_eq!(sum([(), ()].into_iter(), 2, meet), Ok(1));
         assert!(workers.into_inner().unwrap().contains(&thread::current().id()));
+    }
+
+    #[test]
+    fn work_aside_is_done_by_another_thread_if_one_shares_a_cache() {
+        let (say, said) = channel();
+        let tell = say.clone();
+        aside(1, move || tell.send(thread::current().id()).unwrap());
+        aside(2, move || say.send(thread::current().id()).unwrap());
+        let by: Vec<_> = said.iter().collect();
+        assert_eq!(by.len(), usize::from(share_a_cache()));
+        assert!(!by.contains(&thread::current().id()));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::impression::prefetch;
+use crate::impression::{self, prefetch};
 
 /// Addresses of a key and its value.
 pub type Item = (usize, usize);
@@ -56,7 +56,13 @@ impl Place {
 
     /// Announces that [`holds`] will be asked.
     pub fn prefetch(self) {
-        prefetch(self.object, Self::TABLE + size_of::<usize>());
-        prefetch(self.table, 4 * 64); // a few entries
+        for (start, bytes) in self.places() {
+            prefetch(start, bytes);
+        }
+    }
+
+    /// The object, and a few entries of the table.
+    pub const fn places(self) -> [impression::Place; 2] {
+        [(self.object, Self::TABLE + size_of::<usize>()), (self.table, 4 * 64)]
     }
 }

@@ -6,7 +6,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 
 use crate::exchange::{Exchange, Seen};
-use crate::impression::Impression;
+use crate::impression::{Impression, Place};
 use crate::tensor::{Device, Element, Tensor, Torch, is_freed, is_negated};
 
 /// Whether two short lists are equal: without a call, as slices are compared.
@@ -49,6 +49,11 @@ impl Known {
     /// Announces that [`is_unchanged`](Self::is_unchanged) will be asked.
     pub fn prefetch(&self) {
         self.impression.get().inspect(Impression::prefetch);
+    }
+
+    /// What [`is_unchanged`](Self::is_unchanged) reads, as far as there is an impression.
+    pub fn places(&self) -> impl Iterator<Item = Place> + use<> {
+        self.impression.get().into_iter().flat_map(|impression| impression.places())
     }
 
     pub fn shape(&self) -> &[i64] {

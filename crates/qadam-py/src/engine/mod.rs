@@ -9,6 +9,7 @@
 //! * `slot`: one parameter and its state, `known`: what is remembered of a tensor;
 //! * `items`: whether a dictionary holds what it held;
 //! * `gradient`: what is read of a gradient;
+//! * `trail`: what of all this another thread may ask memory for ahead;
 //! * `groups`: hyperparameters;
 //! * `amp`: what mixed precision's gradient scaler says;
 //! * `clip`: how gradients are cut.
@@ -22,6 +23,7 @@ mod known;
 mod run;
 mod slot;
 mod tensors;
+mod trail;
 
 use std::sync::Mutex;
 

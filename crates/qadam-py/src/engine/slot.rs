@@ -17,7 +17,7 @@ use smallvec::SmallVec;
 use super::gradient::Last;
 use super::items::{Item, Place, holds, identities};
 use super::known::Known;
-use crate::impression::prefetch;
+use crate::impression::{self, prefetch};
 use crate::tensor::{Device, Element, Tensor, Torch, is_freed, is_negated};
 
 /// A parameter that has state.
@@ -164,6 +164,14 @@ impl Slot {
         self.gradient.prefetch();
         self.entry_place.prefetch();
         prefetch(self.count.known.pointer, size_of::<f32>());
+    }
+
+    /// What looking at it reads besides itself.
+    pub fn places(&self) -> impl Iterator<Item = impression::Place> {
+        let count = (self.count.known.pointer, size_of::<f32>());
+        let tensors = self.tensors().flat_map(|tensor| tensor.known.places());
+        let own = self.param.places().chain(self.gradient.places());
+        own.chain(self.entry_place.places()).chain([count]).chain(tensors)
     }
 
     /// Whether everything is where it was when the slot was made, and what is needed. Meanwhile asks for

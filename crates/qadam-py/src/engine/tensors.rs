@@ -19,6 +19,7 @@ use super::groups::{Defaults, Group, item};
 use super::items::{Item, holds, identities};
 use super::run::{self, Devices, Wave};
 use super::slot::{Slot, Wanted, address};
+use super::trail::Trail;
 use crate::error::to_python;
 use crate::impression::prefetch;
 use crate::software::{self, Adopted};
@@ -42,6 +43,7 @@ pub struct Tensors {
     devices: Devices,
     /// Host memory that the coming step moves into huge pages.
     settled: Vec<Range<usize>>,
+    trail: Trail,
 }
 
 /// What a step is told of hyperparameters.
@@ -89,6 +91,7 @@ impl Tensors {
             waves: 1,
             devices: Devices::default(),
             settled: Vec::new(),
+            trail: Trail::new(),
         }
     }
 
@@ -109,6 +112,7 @@ impl Tensors {
         self.arranged.clear();
         self.updated = None;
         self.settled.clear();
+        self.trail = Trail::new();
     }
 
     /// A step; parameters whose state it makes or replaces are added to `before`, with what they had.
@@ -123,7 +127,7 @@ impl Tensors {
         backend: Backend,
         before: &mut Vec<Before<'py>>,
     ) -> PyResult<usize> {
-        let pending = self.gather(options, state, make_state, before)?;
+        let pending = self.gather(options, state, make_state, threads, before)?;
         let mut waves = self.prepare(&pending, options.amp)?;
         let clip = self.clip(&pending, options.clip)?;
         self.devices.open(py, &waves)?;
@@ -195,6 +199,7 @@ impl Tensors {
         Options { groups, overrides, amp, .. }: Options<'_, 'py>,
         state: &Bound<'py, PyDict>,
         make_state: &Bound<'py, PyAny>,
+        threads: usize,
         before: &mut Vec<Before<'py>>,
     ) -> PyResult<Vec<Pending<'py>>> {
         let py = groups.py();
@@ -213,6 +218,7 @@ impl Tensors {
                 if self.slots.len() == index {
                     self.slots.push(None);
                 }
+                self.trail.announce(index, threads);
                 let next = self.slots.get(index + 1).and_then(Option::as_ref);
                 next.inspect(|next| next.prefetch());
                 if let Some(later) = self.slots.get(index + 2) {
@@ -290,6 +296,7 @@ impl Tensors {
             self.settle(item);
             self.separate(item)?;
         }
+        self.trail.follow(&self.slots, threads);
         Ok(pending)
     }
 
@@ -328,6 +335,7 @@ impl Tensors {
             self.slots[index] = Some(slot);
         }
         self.entries = identities(state).collect();
+        self.trail = Trail::new();
         Ok(())
     }
 

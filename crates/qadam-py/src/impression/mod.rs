@@ -26,6 +26,9 @@ use crate::exchange::{Exchange, Seen};
 /// The address of an object of Python's or torch's.
 type Address = usize;
 
+/// Memory: an address and bytes.
+pub type Place = (Address, usize);
+
 /// Bytes of a word.
 const WORD: usize = size_of::<u64>();
 
@@ -98,10 +101,14 @@ impl Impression {
     /// Announces that [`holds`](Self::holds) will be asked. Between two steps a model's passes put its
     /// tensors out of the processor's caches, and each object says only where the next one is.
     pub fn prefetch(&self) {
-        // about what they are made of
-        for (start, words) in [(self.object, 3), (self.tensor, 22), (self.storage, 4)] {
-            prefetch(start, words * WORD);
+        for (start, bytes) in self.places() {
+            prefetch(start, bytes);
         }
+    }
+
+    /// Where the three objects are, and about what they are made of.
+    pub const fn places(&self) -> [Place; 3] {
+        [(self.object, 3 * WORD), (self.tensor, 22 * WORD), (self.storage, 4 * WORD)]
     }
 
     /// Whether `object` is the tensor that it was taken of, and still what it was.

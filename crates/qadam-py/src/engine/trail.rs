@@ -1,0 +1,68 @@
+//! Where the memory is that checking an optimizer's tensors reads, so that another thread can ask for it.
+//!
+//! Between two steps a model's passes put that memory out of the caches: some thirty lines a parameter, in as
+//! many places. A core waits for only so many at a time, and the check, which holds the GIL, is one
+//! thread's. Another thread that runs along the same places ahead of it waits for as many again; what that
+//! has asked for is then in a cache that both share. Nothing is read there, so a trail that is out of
+//! date does no harm, and nobody waits for its end.
+
+use std::sync::Arc;
+
+use qadam_core::cpu::pool;
+
+use super::slot::Slot;
+use crate::impression::{Place, prefetch};
+use crate::tensor::Device;
+
+/// Parameters that are asked for at once: a few MiB, which are still in a cache when they are looked at.
+const STRETCH: usize = 2048;
+
+/// With fewer, all is over when the other thread is awake.
+const FEWEST: usize = 256;
+
+/// After how many steps a trail is renewed, which takes as long as a tenth of a check.
+const EVERY: u32 = 32;
+
+/// The places of each [`STRETCH`] parameters on a CPU, in the order in which they are looked at.
+pub struct Trail {
+    stretches: Vec<Arc<[Place]>>,
+    /// Steps until it is renewed.
+    due: u32,
+}
+
+impl Trail {
+    /// None yet.
+    pub const fn new() -> Self {
+        // impressions, which say where tensors are, are taken at the second step
+        Self { stretches: Vec::new(), due: 2 }
+    }
+
+    /// Announces, in a step on so many threads, that the parameters from `index` on will be looked at, one
+    /// after the other.
+    pub fn announce(&self, index: usize, threads: usize) {
+        if index.is_multiple_of(STRETCH)
+            && let Some(stretch) = self.stretches.get(index / STRETCH)
+            && !stretch.is_empty()
+        {
+            let stretch = Arc::clone(stretch);
+            pool::aside(threads, move || {
+                stretch.iter().for_each(|&(start, bytes)| prefetch(start, bytes));
+            });
+        }
+    }
+
+    /// Takes note of a step on so many threads, whose `slots` are current.
+    pub fn follow(&mut self, slots: &[Option<Slot>], threads: usize) {
+        self.due = self.due.saturating_sub(1);
+        if self.due > 0 || threads == 1 {
+            return;
+        }
+        let places = |slots: &[Option<Slot>]| -> Arc<[Place]> {
+            let on_cpu = slots.iter().flatten().filter(|slot| slot.param.device == Device::Cpu);
+            let is_enough = on_cpu.clone().count() >= FEWEST;
+            on_cpu.filter(|_| is_enough).flat_map(Slot::places).collect()
+        };
+        self.stretches = slots.chunks(STRETCH).map(places).collect();
+        self.due = EVERY;
+    }
+}
