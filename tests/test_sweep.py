@@ -388,8 +388,8 @@ def test_gradients_that_come_and_go_in_turns(width):
 
 @EACH_WIDTH
 def test_memory_that_is_gone_may_be_asked_for_ahead(width):
-    """In steps of many parameters another thread asks for what is going to be looked at, by what was so up
-    to 32 steps ago."""
+    """In steps of many parameters another thread asks for the memory that is going to be looked at,
+    which it finds out anew three steps after a registration and then every 32 steps."""
 
     def many():
         values = torch.randn(2500, 8, generator=torch.Generator().manual_seed(0))
@@ -399,15 +399,16 @@ def test_memory_that_is_gone_may_be_asked_for_ahead(width):
     known, new = many(), many()
     threads = torch.get_num_threads()
     try:
-        for step in range(37):
+        for step in range(44):
             for optimizer, count in ((known, 4), (new, 1)):
-                if step in (0, 20):
-                    give_grads(optimizer.param_groups[0]["params"], seed=step)
-                if step == 20:
-                    for which in range(0, 2500, 2):
+                params = optimizer.param_groups[0]["params"]
+                if step in (0, 15):  # the gradients before are freed; no registration
+                    give_grads(params, seed=step)
+                if step == 6:  # half of all are registered anew
+                    for which in range(0, len(params), 2):
                         entry, key = moment(optimizer, which)
                         entry[key] = entry[key].clone()
-                        move(optimizer.param_groups[0]["params"][which])
+                        move(params[which])
                 torch.set_num_threads(count)
                 optimizer.step()
     finally:

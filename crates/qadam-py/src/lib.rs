@@ -5,7 +5,7 @@
 //! * `quantize` encodes and decodes state for checkpoints of another width;
 //! * `software` lets the tests stand CPU memory in for a GPU's;
 //! * `tensor` reads what is needed of a torch tensor, `exchange` the same at a glance,
-//!   `impression` whether anything of one has changed.
+//!   `impression` whether anything of one has changed, `place` asks for its memory ahead.
 
 mod dlpack;
 mod engine;
@@ -13,6 +13,7 @@ mod error;
 mod exchange;
 mod impression;
 mod paging;
+mod place;
 mod quantize;
 mod software;
 mod tensor;

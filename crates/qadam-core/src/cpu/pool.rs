@@ -139,14 +139,20 @@ pub(super) fn share<T: Send>(
     Ok(())
 }
 
-/// Has `work` done by one of `threads` threads while the caller goes on, where the process's cores share a
-/// cache, so that the caller finds in it what `work` has brought there.
+/// Whether there are several of `threads` threads, and this process's cores share a cache: what one thread has
+/// brought there is then near for the others.
+#[must_use]
+pub fn has_neighbour(threads: usize) -> bool {
+    threads > 1 && share_a_cache()
+}
+
+/// Has `work` done by one of `threads` threads, while the caller goes on, if it [has a
+/// neighbour](has_neighbour).
 ///
-/// Nobody is told when it is done, or that it was not, for want of such a thread: it is for what changes
+/// Nobody is told when it is done, or that it was not, as the system gave no thread: it is for what changes
 /// nothing but speed.
 pub fn aside(threads: usize, work: impl FnOnce() + Send + 'static) {
-    if threads > 1
-        && share_a_cache()
+    if has_neighbour(threads)
         && let Ok(pool) = pool(threads)
     {
         elsewhere(&lock(&pool.threads), || pool.rayon.spawn(work));
@@ -211,7 +217,7 @@ mod tests {
         aside(1, move || tell.send(thread::current().id()).unwrap());
         aside(2, move || say.send(thread::current().id()).unwrap());
         let by: Vec<_> = said.iter().collect();
-        assert_eq!(by.len(), usize::from(share_a_cache()));
+        assert_eq!(by.len(), usize::from(has_neighbour(2)));
         assert!(!by.contains(&thread::current().id()));
     }
 

@@ -9,7 +9,8 @@ use super::known::{Known, is_same};
 use super::slot::Slot;
 use crate::error::to_python;
 use crate::exchange::Exchange;
-use crate::impression::{Impression, Place};
+use crate::impression::Impression;
+use crate::place::Place;
 use crate::tensor::{Element, Tensor};
 
 /// A gradient that passed every check.
@@ -36,12 +37,7 @@ pub struct Last {
 }
 
 impl Last {
-    /// Announces that the parameter's gradient will be looked at.
-    pub fn prefetch(&self) {
-        self.known.inspect(|(impression, ..)| impression.prefetch());
-    }
-
-    /// What will be read of it, as far as that is known.
+    /// What will be read of the next one, if it is the same.
     pub fn places(&self) -> impl Iterator<Item = Place> + use<> {
         self.known.into_iter().flat_map(|(impression, ..)| impression.places())
     }

@@ -4,7 +4,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::impression::{self, prefetch};
+use crate::place::Place;
 
 /// Addresses of a key and its value.
 pub type Item = (usize, usize);
@@ -30,39 +30,19 @@ pub fn holds(dict: &Bound<'_, PyDict>, items: &[Item]) -> bool {
     items.next().is_none()
 }
 
-/// Where Python keeps a dictionary and its table. Only hints: nothing is read there.
-#[derive(Clone, Copy)]
-pub struct Place {
-    object: usize,
-    table: usize,
-}
-
-impl Place {
+/// Where Python keeps a dictionary and a few entries of its table, which [`holds`] reads.
+pub fn places(dict: &Bound<'_, PyDict>) -> [Place; 2] {
     /// Where the table's address is in a dictionary.
     const TABLE: usize = 4 * size_of::<usize>();
-
-    pub fn of(dict: &Bound<'_, PyDict>) -> Self {
-        let size =
-            dict.get_type().getattr("__basicsize__").and_then(|size| size.extract::<usize>());
-        let table = if size.is_ok_and(|size| size >= Self::TABLE + size_of::<usize>()) {
-            // SAFETY: a dictionary, which has as many bytes as its type says; whatever it holds
-            // there, a number is read.
-            unsafe { dict.as_ptr().byte_add(Self::TABLE).cast::<usize>().read() }
-        } else {
-            0 // there is then nothing to hint at
-        };
-        Self { object: dict.as_ptr().addr(), table }
-    }
-
-    /// Announces that [`holds`] will be asked.
-    pub fn prefetch(self) {
-        for (start, bytes) in self.places() {
-            prefetch(start, bytes);
-        }
-    }
-
-    /// The object, and a few entries of the table.
-    pub const fn places(self) -> [impression::Place; 2] {
-        [(self.object, Self::TABLE + size_of::<usize>()), (self.table, 4 * 64)]
-    }
+    const END: usize = TABLE + size_of::<usize>();
+    let size = dict.get_type().getattr("__basicsize__").and_then(|size| size.extract::<usize>());
+    let table = if size.is_ok_and(|size| size >= END) {
+        // SAFETY: a dictionary, which has as many bytes as its type says; whatever it holds there, a
+        // number is read.
+        unsafe { dict.as_ptr().byte_add(TABLE).cast::<usize>().read() }
+    } else {
+        0 // there is then nothing to hint at
+    };
+    let object = dict.as_ptr().addr();
+    [Place { start: object, bytes: END }, Place { start: table, bytes: 4 * 64 }]
 }

@@ -6,7 +6,8 @@ use pyo3::intern;
 use pyo3::prelude::*;
 
 use crate::exchange::{Exchange, Seen};
-use crate::impression::{Impression, Place};
+use crate::impression::Impression;
+use crate::place::Place;
 use crate::tensor::{Device, Element, Tensor, Torch, is_freed, is_negated};
 
 /// Whether two short lists are equal: without a call, as slices are compared.
@@ -44,11 +45,6 @@ impl Known {
         let strides = strides.iter().map(|&stride| stride as i64).collect();
         let rest = Box::new(Rest { element, shape, strides });
         Self { object: object.unbind(), pointer, device, impression: Cell::default(), rest }
-    }
-
-    /// Announces that [`is_unchanged`](Self::is_unchanged) will be asked.
-    pub fn prefetch(&self) {
-        self.impression.get().inspect(Impression::prefetch);
     }
 
     /// What [`is_unchanged`](Self::is_unchanged) reads, as far as there is an impression.

@@ -15,9 +15,9 @@ use qadam_core::{
 use smallvec::SmallVec;
 
 use super::gradient::Last;
-use super::items::{Item, Place, holds, identities};
+use super::items::{self, Item, holds, identities};
 use super::known::Known;
-use crate::impression::{self, prefetch};
+use crate::place::Place;
 use crate::tensor::{Device, Element, Tensor, Torch, is_freed, is_negated};
 
 /// A parameter that has state.
@@ -36,7 +36,7 @@ pub struct Slot {
     /// How many steps it was for.
     pub steps: u32,
     pub entry: Py<PyDict>,
-    entry_place: Place,
+    entry_places: [Place; 2],
     /// What `entry` held when it was checked.
     items: SmallVec<[Item; 5]>,
     /// Its keys, so that no others get their addresses; the tensors are kept below.
@@ -122,7 +122,7 @@ impl Slot {
             items: identities(entry).collect(),
             _keys: entry.iter().map(|(key, _)| key.unbind()).collect(),
             entry: entry.clone().unbind(),
-            entry_place: Place::of(entry),
+            entry_places: items::places(entry),
         })
     }
 
@@ -158,20 +158,21 @@ impl Slot {
             .expect("`Slot::new` makes as many tensors as the format has")
     }
 
-    /// Announces that the parameter and its gradient will be looked at.
-    pub fn prefetch(&self) {
-        self.param.prefetch();
-        self.gradient.prefetch();
-        self.entry_place.prefetch();
-        prefetch(self.count.known.pointer, size_of::<f32>());
+    /// What is read to look at the parameter, its gradient and its state.
+    pub fn places(&self) -> impl Iterator<Item = Place> {
+        self.param_places().chain(self.state_places().flatten())
     }
 
-    /// What looking at it reads besides itself.
-    pub fn places(&self) -> impl Iterator<Item = impression::Place> {
-        let count = (self.count.known.pointer, size_of::<f32>());
-        let tensors = self.tensors().flat_map(|tensor| tensor.known.places());
-        let own = self.param.places().chain(self.gradient.places());
-        own.chain(self.entry_place.places()).chain([count]).chain(tensors)
+    /// The parameter's, its gradient's and its entry's part of [`places`](Self::places).
+    pub fn param_places(&self) -> impl Iterator<Item = Place> {
+        let count = Place { start: self.count.known.pointer, bytes: size_of::<f32>() };
+        let tensors = self.param.places().chain(self.gradient.places());
+        tensors.chain(self.entry_places).chain([count])
+    }
+
+    /// The state's part, tensor by tensor.
+    fn state_places(&self) -> impl Iterator<Item = impl Iterator<Item = Place> + use<>> {
+        self.tensors().map(|tensor| tensor.known.places())
     }
 
     /// Whether everything is where it was when the slot was made, and what is needed. Meanwhile asks for
@@ -198,11 +199,9 @@ impl Slot {
         if !self.param.is_unchanged(param)? {
             return Ok(false);
         }
-        let mut coming = next.into_iter().flat_map(Self::tensors);
+        let mut coming = next.into_iter().flat_map(Self::state_places);
         for tensor in self.tensors() {
-            if let Some(coming) = coming.next() {
-                coming.known.prefetch();
-            }
+            coming.next().into_iter().flatten().for_each(Place::prefetch);
             if !tensor.known.is_unchanged(tensor.known.object.bind(py))? {
                 return Ok(false);
             }

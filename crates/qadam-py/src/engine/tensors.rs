@@ -21,7 +21,7 @@ use super::run::{self, Devices, Wave};
 use super::slot::{Slot, Wanted, address};
 use super::trail::Trail;
 use crate::error::to_python;
-use crate::impression::prefetch;
+use crate::place::Place;
 use crate::software::{self, Adopted};
 use crate::tensor::{Device, Tensor, Torch};
 
@@ -220,9 +220,10 @@ impl Tensors {
                 }
                 self.trail.announce(index, threads);
                 let next = self.slots.get(index + 1).and_then(Option::as_ref);
-                next.inspect(|next| next.prefetch());
+                next.into_iter().flat_map(Slot::param_places).for_each(Place::prefetch);
                 if let Some(later) = self.slots.get(index + 2) {
-                    prefetch(std::ptr::from_ref(later).addr(), size_of_val(later));
+                    let start = std::ptr::from_ref(later).addr();
+                    Place { start, bytes: size_of_val(later) }.prefetch();
                 }
                 let object = param.getattr(intern!(py, "grad"))?;
                 if !object.is_none() {
@@ -296,7 +297,7 @@ impl Tensors {
             self.settle(item);
             self.separate(item)?;
         }
-        self.trail.follow(&self.slots, threads);
+        self.trail.end(&self.slots, threads);
         Ok(pending)
     }
 
@@ -335,7 +336,7 @@ impl Tensors {
             self.slots[index] = Some(slot);
         }
         self.entries = identities(state).collect();
-        self.trail = Trail::new();
+        self.trail.expect_change();
         Ok(())
     }
 

@@ -7,11 +7,12 @@
 //! date does no harm, and nobody waits for its end.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use qadam_core::cpu::pool;
 
 use super::slot::Slot;
-use crate::impression::{Place, prefetch};
+use crate::place::Place;
 use crate::tensor::Device;
 
 /// Parameters that are asked for at once: a few MiB, which are still in a cache when they are looked at.
@@ -23,18 +24,28 @@ const FEWEST: usize = 256;
 /// After how many steps a trail is renewed, which takes as long as a tenth of a check.
 const EVERY: u32 = 32;
 
+/// After how many steps it is renewed when parameters have been registered: by then there are impressions, which
+/// say where tensors are, of gradients, too.
+const SOON: u32 = 3;
+
 /// The places of each [`STRETCH`] parameters on a CPU, in the order in which they are looked at.
 pub struct Trail {
     stretches: Vec<Arc<[Place]>>,
     /// Steps until it is renewed.
     due: u32,
+    /// Whether the check is, so that a thread that came late goes on to the step.
+    is_over: Arc<AtomicBool>,
 }
 
 impl Trail {
     /// None yet.
-    pub const fn new() -> Self {
-        // impressions, which say where tensors are, are taken at the second step
-        Self { stretches: Vec::new(), due: 2 }
+    pub fn new() -> Self {
+        Self { stretches: Vec::new(), due: SOON, is_over: Arc::default() }
+    }
+
+    /// Renews it soon, as parameters have been registered.
+    pub fn expect_change(&mut self) {
+        self.due = self.due.min(SOON);
     }
 
     /// Announces, in a step on so many threads, that the parameters from `index` on will be looked at, one
@@ -44,17 +55,19 @@ impl Trail {
             && let Some(stretch) = self.stretches.get(index / STRETCH)
             && !stretch.is_empty()
         {
-            let stretch = Arc::clone(stretch);
+            let (stretch, is_over) = (Arc::clone(stretch), Arc::clone(&self.is_over));
             pool::aside(threads, move || {
-                stretch.iter().for_each(|&(start, bytes)| prefetch(start, bytes));
+                let is_on = |_: &&Place| !is_over.load(Ordering::Relaxed);
+                stretch.iter().take_while(is_on).for_each(|place| place.prefetch());
             });
         }
     }
 
-    /// Takes note of a step on so many threads, whose `slots` are current.
-    pub fn follow(&mut self, slots: &[Option<Slot>], threads: usize) {
+    /// Ends the check of a step on so many threads; its `slots` are current.
+    pub fn end(&mut self, slots: &[Option<Slot>], threads: usize) {
+        std::mem::take(&mut self.is_over).store(true, Ordering::Relaxed);
         self.due = self.due.saturating_sub(1);
-        if self.due > 0 || threads == 1 {
+        if self.due > 0 || !(Place::MATTERS && pool::has_neighbour(threads)) {
             return;
         }
         let places = |slots: &[Option<Slot>]| -> Arc<[Place]> {

@@ -22,19 +22,13 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
 use crate::exchange::{Exchange, Seen};
+use crate::place::Place;
 
 /// The address of an object of Python's or torch's.
 type Address = usize;
 
-/// Memory: an address and bytes.
-pub type Place = (Address, usize);
-
 /// Bytes of a word.
 const WORD: usize = size_of::<u64>();
-
-/// Bytes that a processor brings near at a time.
-#[cfg(target_arch = "x86_64")]
-const LINE: usize = 64;
 
 /// More words than each of the objects has.
 const MOST: usize = 32;
@@ -98,17 +92,11 @@ impl Impression {
         (is_within(seen.shape) && is_within(seen.strides)).then_some(now)
     }
 
-    /// Announces that [`holds`](Self::holds) will be asked. Between two steps a model's passes put its
-    /// tensors out of the processor's caches, and each object says only where the next one is.
-    pub fn prefetch(&self) {
-        for (start, bytes) in self.places() {
-            prefetch(start, bytes);
-        }
-    }
-
-    /// Where the three objects are, and about what they are made of.
-    pub const fn places(&self) -> [Place; 3] {
-        [(self.object, 3 * WORD), (self.tensor, 22 * WORD), (self.storage, 4 * WORD)]
+    /// What [`holds`](Self::holds) reads, about. Between two steps a model's passes put its tensors out of
+    /// the processor's caches, and each object says only where the next one is.
+    pub fn places(&self) -> [Place; 3] {
+        [(self.object, 3), (self.tensor, 22), (self.storage, 4)]
+            .map(|(start, words)| Place { start, bytes: words * WORD })
     }
 
     /// Whether `object` is the tensor that it was taken of, and still what it was.
@@ -181,19 +169,6 @@ impl Part {
         };
         run(0..self.counter).wrapping_add(run(self.counter + 1..self.end))
     }
-}
-
-/// Asks for the memory at an address, which need not be there.
-pub fn prefetch(start: usize, bytes: usize) {
-    #[cfg(target_arch = "x86_64")]
-    for line in (start / LINE..=(start + bytes.saturating_sub(1)) / LINE).map(|line| line * LINE) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: every processor of this architecture has the instruction, which takes any address
-        // and neither reads nor faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::without_provenance(line)) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (start, bytes);
 }
 
 /// A word of an object.
