@@ -7,7 +7,8 @@
 //! * `measure` finds what must be known of a whole tensor before any of it is written;
 //! * `prefetch` asks for memory ahead;
 //! * [`run`] cuts tensors into chunks of whole blocks and hands them to the threads of [`pool`], which start
-//!   on other `cores` than the caller's.
+//!   on other `cores` than the caller's;
+//! * [`Trial`] finds out whether something makes a program faster.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -25,12 +26,14 @@ mod run;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod simd;
+mod trial;
 
 use std::sync::OnceLock;
 
 pub use huge::{advise_huge_pages, move_into_huge_pages};
 pub use norm::squared_norms;
 pub use run::{check, count_nonfinite, disjoint_waves, run};
+pub use trial::Trial;
 
 use crate::error::{Error, Result};
 

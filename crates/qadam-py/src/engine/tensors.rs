@@ -127,6 +127,7 @@ impl Tensors {
         backend: Backend,
         before: &mut Vec<Before<'py>>,
     ) -> PyResult<usize> {
+        self.trail.begin();
         let pending = self.gather(options, state, make_state, threads, before)?;
         let mut waves = self.prepare(&pending, options.amp)?;
         let clip = self.clip(&pending, options.clip)?;

@@ -5,11 +5,15 @@
 //! thread's. Another thread that runs along the same places ahead of it waits for as many again; what that
 //! has asked for is then in a cache that both share. Nothing is read there, so a trail that is out of
 //! date does no harm, and nobody waits for its end.
+//!
+//! Where a virtual machine says that its cores share a cache and they do not, what the other one has asked for may
+//! be further away than memory: a [`Trial`] finds that out.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
-use qadam_core::cpu::pool;
+use qadam_core::cpu::{Trial, pool};
 
 use super::slot::Slot;
 use crate::place::Place;
@@ -35,12 +39,20 @@ pub struct Trail {
     due: u32,
     /// Whether the check is, so that a thread that came late goes on to the step.
     is_over: Arc<AtomicBool>,
+    trial: Trial,
+    begun: Instant,
 }
 
 impl Trail {
     /// None yet.
     pub fn new() -> Self {
-        Self { stretches: Vec::new(), due: SOON, is_over: Arc::default() }
+        Self {
+            stretches: Vec::new(),
+            due: SOON,
+            is_over: Arc::default(),
+            trial: Trial::new(),
+            begun: Instant::now(),
+        }
     }
 
     /// Renews it soon, as parameters have been registered.
@@ -48,10 +60,16 @@ impl Trail {
         self.due = self.due.min(SOON);
     }
 
+    /// Begins a check.
+    pub fn begin(&mut self) {
+        self.begun = Instant::now();
+    }
+
     /// Announces, in a step on so many threads, that the parameters from `index` on will be looked at, one
     /// after the other.
     pub fn announce(&self, index: usize, threads: usize) {
         if index.is_multiple_of(STRETCH)
+            && self.trial.is_on()
             && let Some(stretch) = self.stretches.get(index / STRETCH)
             && !stretch.is_empty()
         {
@@ -66,6 +84,7 @@ impl Trail {
     /// Ends the check of a step on so many threads; its `slots` are current.
     pub fn end(&mut self, slots: &[Option<Slot>], threads: usize) {
         std::mem::take(&mut self.is_over).store(true, Ordering::Relaxed);
+        self.trial.note(self.begun.elapsed());
         self.due = self.due.saturating_sub(1);
         if self.due > 0 || !(Place::MATTERS && pool::has_neighbour(threads)) {
             return;
@@ -76,6 +95,6 @@ impl Trail {
             on_cpu.filter(|_| is_enough).flat_map(Slot::places).collect()
         };
         self.stretches = slots.chunks(STRETCH).map(places).collect();
-        self.due = EVERY;
+        (self.due, self.trial) = (EVERY, Trial::new());
     }
 }
