@@ -55,11 +55,19 @@ pub fn move_into_huge_pages(memory: &Range<usize>) {
 fn collapse(memory: &Range<usize>) -> bool {
     /// `MADV_COLLAPSE`, which libc's bindings have for some C libraries only.
     const COLLAPSE: libc::c_int = 25;
+    /// Pages that the system may refuse before it is believed to have none: looking for one takes time.
+    const REFUSALS: usize = 8;
+    let ask = |start: usize, len: usize| {
+        // SAFETY: pages are moved by the system, so that no thread sees but the same contents at the same
+        // addresses, whosever they are.
+        unsafe { libc::madvise(std::ptr::without_provenance_mut(start), len, COLLAPSE) == 0 }
+    };
     let huge = within(memory);
-    let address = std::ptr::without_provenance_mut(huge.start);
-    // SAFETY: pages are moved by the system, so that no thread sees but the same contents at the same
-    // addresses, whosever they are.
-    !huge.is_empty() && unsafe { libc::madvise(address, huge.len(), COLLAPSE) == 0 }
+    if huge.is_empty() || ask(huge.start, huge.len()) {
+        return !huge.is_empty();
+    }
+    // one page that cannot be moved may have ended the call, with others behind it that can
+    huge.step_by(HUGE).filter(|&page| !ask(page, HUGE)).take(REFUSALS).count() == 0
 }
 
 /// Whether the system may have huge pages, which moving does not ask, and has one node of memory.
@@ -122,6 +130,21 @@ mod tests {
         }
         assert!(values.iter().copied().eq(0..3 * HUGE as u32));
         move_into_huge_pages(&(0..4 * HUGE)); // nobody's
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_page_that_stays_keeps_none_behind_it_from_moving() {
+        let values = vec![1_u8; 8 * HUGE];
+        let huge = within(&(values.as_ptr().addr()..values.as_ptr().addr() + values.len()));
+        let stays = std::ptr::without_provenance_mut(huge.start + 2 * HUGE);
+        // SAFETY: this advice changes no mapping and no contents.
+        assert_eq!(unsafe { libc::madvise(stays, HUGE, libc::MADV_NOHUGEPAGE) }, 0);
+        let other = vec![1_u8; 4 * HUGE];
+        let can_move = collapse(&(other.as_ptr().addr()..other.as_ptr().addr() + other.len()));
+        assert!(!collapse(&huge));
+        let line = smaps(huge.start + 4 * HUGE, "AnonHugePages:");
+        assert!(!can_move || !line.ends_with(" 0 kB"), "{line}");
     }
 
     #[cfg(target_os = "linux")]
